@@ -1,0 +1,121 @@
+// Python's view of the native code: addresses and sizes in, exceptions out. Nothing else happens here.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cpu/buffers.h"
+#include "cpu/dispatch.h"
+#include "cpu/parallel.h"
+
+namespace py = pybind11;
+using namespace fastloss;
+
+namespace {
+
+Matrix matrix(uintptr_t data, int64_t rows, int64_t cols, int64_t row_stride, int dtype) {
+  if (rows < 0 || cols < 0) throw std::invalid_argument("a matrix cannot have negative sizes");
+  if (dtype < 0 || dtype > int(DType::kFloat16)) throw std::invalid_argument("unknown dtype code");
+  if (!data && rows * cols > 0) throw std::invalid_argument("a matrix with elements needs an address");
+  return {reinterpret_cast<void*>(data), rows, cols, row_stride, DType(dtype)};
+}
+
+Vector vector(uintptr_t data, int64_t stride = 1) { return {reinterpret_cast<const void*>(data), stride}; }
+
+// Everything that describes the rows: the order of the Python tuple in backends/native.py.
+Rows parse_rows(const py::tuple& t) {
+  if (t.size() != 16) throw std::invalid_argument("rows: expected 16 fields");
+  const auto integer = [&](size_t i) { return t[i].cast<int64_t>(); };
+  const auto address = [&](size_t i) { return t[i].cast<uintptr_t>(); };
+  const auto real = [&](size_t i) { return t[i].cast<double>(); };
+  Rows r;
+  r.input = matrix(address(0), integer(1), integer(2), integer(3), int(integer(4)));
+  r.spec.soft = t[5].cast<bool>();
+  if (r.spec.soft)
+    r.probs = matrix(address(6), r.input.rows, r.input.cols, integer(7), int(integer(8)));
+  else
+    r.target = reinterpret_cast<const int64_t*>(address(6));
+  r.ignore_index = integer(9);
+  r.weight = vector(address(10));
+  r.spec.label_smoothing = real(11);
+  r.spec.z_loss = real(12);
+  r.spec.softcap = real(13);
+  r.spec.logit_scale = real(14);
+  r.threads = int(integer(15));
+  if (!r.spec.soft && !r.target && r.input.rows > 0) throw std::invalid_argument("target: no address");
+  return r;
+}
+
+// Before anything is written: a class index outside [0, V) that is not ignore_index is the caller's error.
+void check_targets(const Rows& r) {
+  if (r.spec.soft) return;
+  for (int64_t i = 0; i < r.input.rows; ++i)
+    if (!r.ignored(i) && (r.target[i] < 0 || r.target[i] >= r.input.cols))
+      throw py::index_error("target: expected class indices in [0, " + std::to_string(r.input.cols) +
+                            ") or ignore_index (" + std::to_string(r.ignore_index) + "), but Target " +
+                            std::to_string(r.target[i]) + " is out of bounds.");
+}
+
+void row_loss(const py::tuple& rows_tuple, uintptr_t loss, uintptr_t stats, uintptr_t argmax, bool extras) {
+  const Rows rows = parse_rows(rows_tuple);
+  check_targets(rows);
+  const RowOutputs out{reinterpret_cast<void*>(loss), reinterpret_cast<void*>(stats),
+                       reinterpret_cast<int64_t*>(argmax), extras};
+  const py::gil_scoped_release release;
+  kernels(rows.input.dtype).row_loss(rows, out);
+}
+
+void row_grad(const py::tuple& rows_tuple, uintptr_t stats, const std::vector<std::pair<uintptr_t, int64_t>>& upstream,
+              uintptr_t grad, int64_t grad_stride) {
+  const Rows rows = parse_rows(rows_tuple);
+  check_targets(rows);
+  if (upstream.size() != 4) throw std::invalid_argument("upstream: expected four vectors");
+  Vector g[4];
+  for (size_t i = 0; i < 4; ++i) g[i] = vector(upstream[i].first, upstream[i].second);
+  const Matrix dx = matrix(grad, rows.input.rows, rows.input.cols, grad_stride, int(rows.input.dtype));
+  const py::gil_scoped_release release;
+  kernels(rows.input.dtype).row_grad(rows, reinterpret_cast<const void*>(stats), g, dx);
+}
+
+double row_loss_grad(const py::tuple& rows_tuple, int reduction, uintptr_t token_weight, std::optional<double> normalizer,
+                     double upstream, uintptr_t grad, int64_t grad_stride, bool streaming) {
+  const Rows rows = parse_rows(rows_tuple);
+  check_targets(rows);
+  Reduced r;
+  r.reduction = Reduction(reduction);
+  r.token_weight = vector(token_weight);
+  r.has_normalizer = normalizer.has_value();
+  r.normalizer = normalizer.value_or(0);
+  r.upstream = upstream;
+  r.streaming = streaming;
+  if (grad) r.grad = matrix(grad, rows.input.rows, rows.input.cols, grad_stride, int(rows.input.dtype));
+  const py::gil_scoped_release release;
+  return kernels(rows.input.dtype).row_loss_grad(rows, r);
+}
+
+// Recycled memory as a Python buffer; it goes back to the cache when the last tensor over it is gone.
+struct PyBuffer {
+  Buffer buffer;
+  explicit PyBuffer(size_t bytes) : buffer(acquire_buffer(bytes)) {}
+  PyBuffer(const PyBuffer&) = delete;
+  ~PyBuffer() { release_buffer(buffer); }
+};
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "fastloss's compiled kernels; use them through fastloss.backends.native.";
+  m.def("row_loss", &row_loss);
+  m.def("row_grad", &row_grad);
+  m.def("row_loss_grad", &row_loss_grad);
+  m.def("available_isas", &available_isas);
+  m.def("current_isa", &current_isa);
+  m.def("use_isa", &use_isa);
+  m.def("team_kind", &team_kind);
+  m.def("empty_cache", &empty_cache);
+  m.attr("version") = FASTLOSS_VERSION;
+  m.attr("compiler") = FASTLOSS_COMPILER;
+  m.attr("compiled_isas") = FASTLOSS_COMPILED_ISAS;
+  py::class_<PyBuffer>(m, "Buffer", py::buffer_protocol())
+      .def(py::init<size_t>())
+      .def_property_readonly("recycled", [](const PyBuffer& b) { return b.buffer.recycled; })
+      .def_buffer([](PyBuffer& b) { return py::buffer_info(static_cast<char*>(b.buffer.data), ssize_t(b.buffer.bytes)); });
+}

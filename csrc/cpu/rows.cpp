@@ -1,0 +1,317 @@
+// All the work the CPU does per row. A row is read from memory once, tile by tile, into its state; with a gradient to
+// write, the tiles' exponentials stay in a per-thread row (L2), and the second pass scales them on their way out.
+#include "rows.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <memory>
+#include <vector>
+
+#include "parallel.h"
+#include "tiles.h"
+
+namespace fastloss {
+inline namespace FASTLOSS_ISA {
+namespace {
+
+// Rows up to this size are prefetched whole: this one, its exponentials and the next must fit the L2 cache together.
+constexpr int64_t kPrefetchBytes = 320 << 10;
+
+// Per-thread memory, kept between calls: O(V) bytes a thread.
+template <class F>
+struct Workspace {
+  F *row = nullptr, *tile = nullptr, *probs = nullptr;
+  double* centre = nullptr;  // the running maximum each tile's exponentials are relative to
+
+  static Workspace& get(int64_t V) {
+    thread_local Workspace w;
+    if (V > w.capacity_) w.grow(V);
+    return w;
+  }
+
+ private:
+  struct Free {
+    void operator()(void* p) const { std::free(p); }
+  };
+  std::unique_ptr<void, Free> memory_;
+  int64_t capacity_ = -1;
+
+  void grow(int64_t V) {
+    const int64_t tiles = V / kTile + 1, row_bytes = (tiles + 2) * kTile * int64_t(sizeof(F));
+    const int64_t bytes = row_bytes + (tiles * int64_t(sizeof(double)) + 63) / 64 * 64;
+    memory_.reset(std::aligned_alloc(64, size_t(bytes)));
+    if (!memory_) std::abort();
+    row = static_cast<F*>(memory_.get());
+    tile = row + tiles * kTile;
+    probs = tile + kTile;
+    centre = reinterpret_cast<double*>(probs + kTile);
+    capacity_ = V;
+  }
+};
+
+// Class weights padded with zeros to whole vectors, and their sum; without weights: null and V.
+template <class F>
+struct ClassWeights {
+  std::vector<F> padded_values;
+  double sum;
+  explicit ClassWeights(const Rows& rows) : sum(double(rows.input.cols)) {
+    if (!rows.weight.present()) return;
+    const F* w = static_cast<const F*>(rows.weight.data);
+    padded_values.assign(w, w + rows.input.cols);
+    padded_values.resize(size_t(padded<F>(rows.input.cols)), F(0));
+    sum = 0;
+    for (const F v : padded_values) sum += v;
+  }
+  const F* at(int64_t j) const { return padded_values.empty() ? nullptr : padded_values.data() + j; }
+  double of(int64_t j) const { return padded_values.empty() ? 1 : padded_values[size_t(j)]; }
+};
+
+template <class F>
+class Row {
+ public:
+  Row(const Rows& rows, const ClassWeights<F>& weights, Workspace<F>& ws)
+      : rows_(rows),
+        weights_(weights),
+        ws_(ws),
+        spec_(rows.spec),
+        V_(rows.input.cols),
+        cap_(F(spec_.softcap)),
+        // Without a softcap the scale rides along in the exponential, and z below means x.
+        scale_(cap_ > 0 ? F(1) : F(spec_.logit_scale)) {}
+
+  // The state of row i. Keep: leave in the workspace what gradient() needs.
+  template <bool Moment, bool Keep>
+  RowState<double> reduce(int64_t i, int64_t* argmax = nullptr) {
+    RowState<double> state;
+    F m = -INFINITY;
+    if (argmax) *argmax = 0;
+    for (int64_t j = 0, t = 0; j < V_; j += kTile, ++t) {
+      const int64_t n = std::min(kTile, V_ - j), np = padded<F>(n);
+      const bool keep_z = Keep && cap_ > 0;
+      const F* z = logits(i, j, n, keep_z ? ws_.row + j : ws_.tile);
+      const F top = tile_max<F>(z, np);
+      if (top > m) {
+        m = top;
+        if (argmax) *argmax = j + (std::find(z, z + n, top) - z);
+      }
+      const F centre = m == -INFINITY ? F(0) : m;  // nothing but -inf so far: e^(z - 0) = 0
+      RowState<double> part;
+      tile_exp<Moment>(z, np, centre, scale_, Keep && !keep_z ? ws_.row + j : nullptr, part);
+      part.max = double(m) * scale_;
+      if (spec_.soft)
+        tile_plain<F>(z, np, centre, scale_, {target_probs(i, j, n), n}, part);
+      else if (spec_.label_smoothing > 0)
+        tile_plain<F>(z, np, centre, scale_, {weights_.at(j), n}, part);
+      if (Keep) ws_.centre[t] = part.max;
+      state = merge(state, part);
+    }
+    return state;
+  }
+
+  RowTarget<double> target(int64_t i) const {
+    RowTarget<double> y;
+    y.weight_sum = weights_.sum;
+    if (spec_.soft || rows_.ignored(i)) return y;
+    y.logit = z_of(element(rows_.input, i, rows_.target[i]));
+    y.weight = weights_.of(rows_.target[i]);
+    return y;
+  }
+
+  // dx of row i, from what reduce<.., Keep> left (Kept), or from the logits again.
+  template <bool Kept>
+  void gradient(int64_t i, const RowStats<double>& s, const Coefficients<double>& c, double target_logit, char* out,
+                DType dtype, bool streaming) {
+    const int64_t y = rows_.target && !spec_.soft ? rows_.target[i] : -1;
+    const double inv_sum = std::exp(-s.log_sum);
+    Coefficients<double> cs = c;
+    for (double* v : {&cs.A, &cs.E, &cs.B, &cs.C, &cs.Q}) *v *= spec_.logit_scale;  // the linear part of phi'
+    const Coefficients<F> cf{F(cs.A), F(cs.E), F(cs.B), F(cs.C), F(cs.Q)};
+    const bool exp_kept = Kept && !(cap_ > 0);
+    const F m = F(s.max);
+    for (int64_t j = 0, t = 0; j < V_; j += kTile, ++t) {
+      const int64_t n = std::min(kTile, V_ - j), np = padded<F>(n);
+      F* work = Kept ? ws_.row + j : ws_.tile;
+      const F* in = Kept ? work : logits(i, j, n, ws_.tile);
+      const F* q = spec_.soft ? target_probs(i, j, n) : nullptr;
+      if (exp_kept) {
+        const double shift = ws_.centre[t] - s.max;
+        const F k = F(shift == 0 ? inv_sum : inv_sum * std::exp(shift));
+        gradient_tile<true, F>(in, work, np, m, scale_, k, cf, weights_.at(j), q, cap_);
+      } else {
+        gradient_tile<false, F>(in, work, np, m, scale_, F(inv_sum), cf, weights_.at(j), q, cap_);
+      }
+      if (y >= j && y < j + n) work[y - j] = target_gradient(s, cs, target_logit, y);
+      write_tile<F>(work, out + j * size_of(dtype), dtype, n, streaming);
+    }
+  }
+
+  // Asks for row i before it is needed, while the memory bus only carries the gradient out.
+  void prefetch_row(int64_t i) const {
+    const char* p = rows_.input.row(i);
+    const int64_t bytes = V_ * size_of(rows_.input.dtype);
+    for (int64_t b = 0; b < bytes; b += 64) prefetch(p + b);
+  }
+
+ private:
+  const Rows& rows_;
+  const ClassWeights<F>& weights_;
+  Workspace<F>& ws_;
+  const Spec& spec_;
+  const int64_t V_;
+  const F cap_, scale_;
+
+  // z of n columns from j: the logits themselves where they need no work, else in buf; the padding is -inf.
+  const F* logits(int64_t i, int64_t j, int64_t n, F* buf) const {
+    const DType dtype = rows_.input.dtype;
+    const char* x = rows_.input.row(i) + j * size_of(dtype);
+    const bool as_is = size_of(dtype) == sizeof(F) && n == padded<F>(n) && !(cap_ > 0);
+    if (as_is) return reinterpret_cast<const F*>(x);
+    read_tile<F>(x, dtype, n, -INFINITY, buf);
+    if (cap_ > 0) {
+      softcap_tile<F>(buf, padded<F>(n), cap_, F(spec_.logit_scale));
+      std::fill(buf + n, buf + padded<F>(n), F(-INFINITY));
+    }
+    return buf;
+  }
+
+  const F* target_probs(int64_t i, int64_t j, int64_t n) const {
+    const DType dtype = rows_.probs.dtype;
+    read_tile<F>(rows_.probs.row(i) + j * size_of(dtype), dtype, n, F(0), ws_.probs);
+    smooth_probs_tile<F>(ws_.probs, padded<F>(n), weights_.at(j), F(spec_.label_smoothing), V_);
+    std::fill(ws_.probs + n, ws_.probs + padded<F>(n), F(0));
+    return ws_.probs;
+  }
+
+  static double element(const Matrix& m, int64_t i, int64_t j) {
+    F lane[kLanes<F>];
+    read_tile<F>(m.row(i) + j * size_of(m.dtype), m.dtype, 1, F(0), lane);
+    return lane[0];
+  }
+
+  double z_of(double x) const {
+    if (!(cap_ > 0)) return x * double(scale_);
+    F lane[kLanes<F>];
+    store(lane, broadcast<F>(F(x)));
+    softcap_tile<F>(lane, kLanes<F>, cap_, F(spec_.logit_scale));
+    return lane[0];
+  }
+
+  F target_gradient(const RowStats<double>& s, const Coefficients<double>& cs, double z, int64_t y) const {
+    const double p = std::exp((z - s.max) - s.log_sum);
+    double dx = epilogue<double>(cs, p, p > 0 ? z - s.max : 0, weights_.of(y), 0) - cs.B;
+    if (cap_ > 0) dx *= 1 - (z / cap_) * (z / cap_);
+    return F(dx);
+  }
+};
+
+template <class F>
+void row_loss(const Rows& rows, const RowOutputs& out) {
+  const int64_t N = rows.input.rows, V = rows.input.cols;
+  const ClassWeights<F> weights(rows);
+  F* loss = static_cast<F*>(out.loss);
+  F* stats = static_cast<F*>(out.stats);
+  parallel_for(N, V, rows.threads, [&](int64_t begin, int64_t end) {
+    Row<F> row(rows, weights, Workspace<F>::get(V));
+    for (int64_t i = begin; i < end; ++i) {
+      const bool ignored = rows.ignored(i);
+      if (ignored && !out.extras) {
+        loss[i] = 0;
+        for (int k = 0; k < kStats; ++k) stats[k * N + i] = 0;
+        continue;
+      }
+      int64_t* argmax = out.argmax ? out.argmax + i : nullptr;
+      const auto state =
+          out.extras ? row.template reduce<true, false>(i, argmax) : row.template reduce<false, false>(i, argmax);
+      double value;
+      RowStats<double> s = finalize(rows.spec, state, row.target(i), V, &value);
+      if (ignored) s.log_prob = s.mass = value = 0;
+      loss[i] = F(value);
+      s.log_sum += s.max - double(F(s.max));  // what rounding takes from one, the other keeps
+      const double columns[kStats] = {s.max, s.log_sum, s.log_prob, s.mass, s.entropy};
+      for (int k = 0; k < kStats; ++k) stats[k * N + i] = F(columns[k]);
+    }
+  });
+}
+
+template <class F>
+void row_grad(const Rows& rows, const void* stats_data, const Vector upstream[4], const Matrix& grad) {
+  const int64_t N = rows.input.rows, V = rows.input.cols;
+  const ClassWeights<F> weights(rows);
+  const F* stats = static_cast<const F*>(stats_data);
+  parallel_for(N, V, rows.threads, [&](int64_t begin, int64_t end) {
+    Row<F> row(rows, weights, Workspace<F>::get(V));
+    for (int64_t i = begin; i < end; ++i) {
+      Upstream<double> g{upstream[0].at(i, F(0)), upstream[1].at(i, F(0)), upstream[2].at(i, F(0)),
+                         upstream[3].at(i, F(0))};
+      if (rows.ignored(i)) g.loss = g.log_prob = 0;
+      if (g.loss == 0 && g.lse == 0 && g.log_prob == 0 && g.entropy == 0) {
+        std::memset(grad.row(i), 0, size_t(V * size_of(grad.dtype)));
+        continue;
+      }
+      const RowStats<double> s{stats[i], stats[N + i], stats[2 * N + i], stats[3 * N + i], stats[4 * N + i]};
+      const auto y = row.target(i);
+      Coefficients<double> c = coefficients(rows.spec, s, y.weight, V, g);
+      if (rows.ignored(i)) c.B = 0;
+      row.template gradient<false>(i, s, c, y.logit, grad.row(i), grad.dtype, false);
+    }
+  });
+}
+
+// What a mean divides by: the summed weights of the rows that count.
+template <class F>
+double mean_denominator(const Rows& rows, const Vector& token_weight, const ClassWeights<F>& weights) {
+  double sum = 0;
+  for (int64_t i = 0; i < rows.input.rows; ++i) {
+    if (rows.ignored(i)) continue;
+    sum += double(token_weight.at(i, F(1))) * (rows.spec.soft ? 1 : weights.of(rows.target[i]));
+  }
+  return sum;
+}
+
+template <class F>
+double row_loss_grad(const Rows& rows, const Reduced& r) {
+  const int64_t N = rows.input.rows, V = rows.input.cols;
+  const ClassWeights<F> weights(rows);
+  const double denominator = r.has_normalizer                      ? r.normalizer
+                             : r.reduction == Reduction::kMean ? mean_denominator(rows, r.token_weight, weights)
+                                                                   : 1.0;
+  std::vector<double> losses(static_cast<size_t>(N), 0.0);
+  parallel_for(N, V, rows.threads, [&](int64_t begin, int64_t end) {
+    Row<F> row(rows, weights, Workspace<F>::get(V));
+    const int64_t row_bytes = V * size_of(rows.input.dtype);
+    for (int64_t i = begin; i < end; ++i) {
+      if (rows.ignored(i)) {
+        if (r.grad.data) std::memset(r.grad.row(i), 0, size_t(V * size_of(r.grad.dtype)));
+        continue;
+      }
+      const auto y = row.target(i);
+      const auto state = r.grad.data ? row.template reduce<false, true>(i) : row.template reduce<false, false>(i);
+      double value;
+      const RowStats<double> s = finalize(rows.spec, state, y, V, &value);
+      const double w = r.token_weight.at(i, F(1));
+      losses[size_t(i)] = value * w;
+      if (!r.grad.data) continue;
+      if (r.streaming && i + 1 < end && row_bytes <= kPrefetchBytes) row.prefetch_row(i + 1);
+      const Coefficients<double> c = coefficients(rows.spec, s, y.weight, V, {r.upstream * w / denominator, 0, 0, 0});
+      row.template gradient<true>(i, s, c, y.logit, r.grad.row(i), r.grad.dtype, r.streaming);
+    }
+    if (r.streaming) stream_fence();
+  });
+  double loss = 0;
+  for (const double v : losses) loss += v;  // one order, whatever the threads did
+  return r.reduction == Reduction::kMean || r.has_normalizer ? loss / denominator : loss;
+}
+
+template <class F>
+constexpr Kernels kernels_in() {
+  return {FASTLOSS_ISA_NAME, row_loss<F>, row_grad<F>, row_loss_grad<F>};
+}
+
+}  // namespace
+
+extern const Kernels kernels_float32 = kernels_in<float>();
+extern const Kernels kernels_float64 = kernels_in<double>();
+
+}  // namespace FASTLOSS_ISA
+}  // namespace fastloss

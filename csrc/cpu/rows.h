@@ -1,0 +1,53 @@
+// The CPU kernels, compiled once per instruction set (rows.cpp) and chosen at run time (dispatch.cpp).
+#pragma once
+
+#include "../row_loss.h"
+
+namespace fastloss {
+
+// Rows of logits with their targets: class indices, or class probabilities when spec.soft. Vectors are in the compute
+// type: float64 for float64 logits, float32 for all others.
+struct Rows {
+  Matrix input;
+  Matrix probs;
+  const int64_t* target = nullptr;
+  int64_t ignore_index = -100;
+  Vector weight;  // (V,) contiguous
+  Spec spec;
+  int threads = 1;
+
+  bool ignored(int64_t i) const { return !spec.soft && target[i] == ignore_index; }
+};
+
+enum class Reduction : int { kNone, kMean, kSum };
+
+// Statistics as five vectors of N in one array: max, log_sum, log_prob, mass, entropy.
+constexpr int kStats = 5;
+
+struct RowOutputs {
+  void* loss = nullptr;       // (N,)
+  void* stats = nullptr;      // (kStats, N)
+  int64_t* argmax = nullptr;  // (N,), or null
+  bool extras = false;        // entropy too, and the statistics of ignored rows
+};
+
+struct Reduced {
+  Reduction reduction = Reduction::kMean;
+  Vector token_weight;
+  bool has_normalizer = false;  // the caller's denominator, in place of the mean's own
+  double normalizer = 0;
+  double upstream = 1;
+  Matrix grad;             // data == nullptr: the loss alone
+  bool streaming = false;  // write the gradient past the caches
+};
+
+// A kernel table: `..._loss` statistics and losses; `..._grad` the gradient from them; `..._loss_grad` both at once,
+// each row's gradient while the row is in cache, which returns the reduced loss.
+struct Kernels {
+  const char* isa;
+  void (*row_loss)(const Rows&, const RowOutputs&);
+  void (*row_grad)(const Rows&, const void* stats, const Vector upstream[4], const Matrix& grad);
+  double (*row_loss_grad)(const Rows&, const Reduced&);
+};
+
+}  // namespace fastloss

@@ -1,0 +1,253 @@
+// One SIMD vector per instruction set, through the compiler's vector extensions: arithmetic, comparisons and selects are
+// plain operators, so this one source is AVX-512, AVX2, SSE2 and NEON. Intrinsics appear only where no operator exists.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+#include "../view.h"
+
+namespace fastloss {
+inline namespace FASTLOSS_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <class F>
+struct SimdTypes;
+template <>
+struct SimdTypes<float> {
+  typedef float Vec __attribute__((vector_size(kVectorBytes)));
+  typedef int32_t Int __attribute__((vector_size(kVectorBytes)));
+};
+template <>
+struct SimdTypes<double> {
+  typedef double Vec __attribute__((vector_size(kVectorBytes)));
+  typedef int64_t Int __attribute__((vector_size(kVectorBytes)));
+};
+template <class F>
+using Vec = typename SimdTypes<F>::Vec;
+template <class F>
+using Int = typename SimdTypes<F>::Int;
+template <class F>
+constexpr int kLanes = kVectorBytes / int(sizeof(F));
+
+// 16-bit floats travel as bits, one per float lane.
+typedef uint16_t Half __attribute__((vector_size(kVectorBytes / 2)));
+typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
+
+template <class V, class T>
+inline V load_as(const T* p) {
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class F>
+inline Vec<F> load(const F* p) {
+  return load_as<Vec<F>>(p);
+}
+template <class V, class T>
+inline void store(T* p, V v) {
+  std::memcpy(p, &v, sizeof v);
+}
+
+template <class F>
+inline Vec<F> broadcast(F x) {
+  return x - Vec<F>{};
+}
+template <class V>
+inline V max(V a, V b) {  // b where a is NaN
+  return a > b ? a : b;
+}
+
+template <class F>
+inline F sum_lanes(Vec<F> v) {
+  F s = 0;
+  for (int i = 0; i < kLanes<F>; ++i) s += v[i];
+  return s;
+}
+template <class F>
+inline F max_lanes(Vec<F> v) {
+  F m = v[0];
+  for (int i = 1; i < kLanes<F>; ++i) m = v[i] > m ? v[i] : m;
+  return m;
+}
+
+// A store that bypasses the caches, for memory nobody will read soon; p is aligned to the vector.
+inline void stream(float* p, Vec<float> v) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, (__m512)v);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(p, (__m256)v);
+#elif defined(__SSE2__)
+  _mm_stream_ps(p, (__m128)v);
+#else
+  store(p, v);
+#endif
+}
+inline void stream(double* p, Vec<double> v) { stream(reinterpret_cast<float*>(p), (Vec<float>)v); }
+inline void stream(uint16_t* p, Half v) {
+#if defined(__AVX512F__)
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)v);
+#elif defined(__AVX2__)
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)v);
+#else
+  store(p, v);
+#endif
+}
+inline void stream_fence() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+
+// ---- conversions ---------------------------------------------------------------------------------------------------
+
+inline Vec<float> from_bfloat16(Half h) { return (Vec<float>)(__builtin_convertvector(h, Bits) << 16); }
+
+inline Half to_bfloat16(Vec<float> v) {
+#if defined(__AVX512BF16__)
+  return (Half)_mm512_cvtneps_pbh((__m512)v);
+#else
+  const Bits bits = (Bits)v;
+  const Bits nearest_even = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return __builtin_convertvector(v != v ? Bits{} + 0x7fc0u : nearest_even, Half);
+#endif
+}
+
+inline Vec<float> from_float16(Half h) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_cvtph_ps((__m256i)h);
+#elif defined(__F16C__)
+  return (Vec<float>)_mm256_cvtph_ps((__m128i)h);
+#else
+  const Bits wide = __builtin_convertvector(h, Bits);
+  const Bits magnitude = wide & 0x7fffu;
+  const Vec<float> finite = (Vec<float>)(magnitude << 13) * 0x1p112f;  // moves the exponent; exact for subnormals too
+  const Bits bits = magnitude >= 0x7c00u ? (magnitude << 13) | 0x7f800000u : (Bits)finite;
+  return (Vec<float>)(bits | ((wide & 0x8000u) << 16));
+#endif
+}
+
+inline Half to_float16(Vec<float> v) {
+#if defined(__AVX512F__)
+  return (Half)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__F16C__)
+  return (Half)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+#else
+  const Bits bits = (Bits)v, magnitude = bits & 0x7fffffffu;
+  const Bits normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  const Bits subnormal = (Bits)((Vec<float>)magnitude + 0.5f) - 0x3f000000u;  // 0.5f has the ulp of a float16 subnormal
+  Bits half = magnitude < 0x38800000u ? subnormal : normal;
+  half = magnitude >= 0x477ff000u ? Bits{} + 0x7c00u : half;
+  half = magnitude > 0x7f800000u ? Bits{} + 0x7e00u : half;
+  return __builtin_convertvector(half | ((bits >> 16) & 0x8000u), Half);
+#endif
+}
+
+// Element types: how `count` lanes of T become compute lanes and back.
+struct Float32 {
+  using Storage = float;
+  static Vec<float> get(const float* p) { return load(p); }
+  static Vec<float> put(Vec<float> v) { return v; }
+};
+struct Float64 {
+  using Storage = double;
+  static Vec<double> get(const double* p) { return load(p); }
+  static Vec<double> put(Vec<double> v) { return v; }
+};
+struct BFloat16 {
+  using Storage = uint16_t;
+  static Vec<float> get(const uint16_t* p) { return from_bfloat16(load_as<Half>(p)); }
+  static Half put(Vec<float> v) { return to_bfloat16(v); }
+};
+struct Float16 {
+  using Storage = uint16_t;
+  static Vec<float> get(const uint16_t* p) { return from_float16(load_as<Half>(p)); }
+  static Half put(Vec<float> v) { return to_float16(v); }
+};
+
+// Calls f with the element type that `dtype` names, among those that compute in F.
+template <class F, class Fn>
+inline auto visit(DType dtype, Fn&& f) {
+  if constexpr (sizeof(F) == 8) {
+    return f(Float64{});
+  } else {
+    switch (dtype) {
+      case DType::kBFloat16: return f(BFloat16{});
+      case DType::kFloat16: return f(Float16{});
+      default: return f(Float32{});
+    }
+  }
+}
+
+// ---- exp and tanh --------------------------------------------------------------------------------------------------
+
+template <class F>
+struct Exp2Constants;
+template <>
+struct Exp2Constants<float> {  // (2^f - 1) / f on [-1/2, 1/2], relative error of 2^f 2.0e-9 (minimax fit)
+  static constexpr int kMantissa = 23, kBias = 127;
+  static constexpr float kPoly[] = {0x1.62e430af276fcp-1f, 0x1.ebfbdc3c2f1f9p-3f, 0x1.c6aee88e0e0cap-5f,
+                                    0x1.3b2d4cf2365aep-7f, 0x1.5f3e5336b2764p-10f, 0x1.41fbbc250547bp-13f};
+};
+template <>
+struct Exp2Constants<double> {  // the Taylor series, ln(2)^k / k!, relative error below 1e-17
+  static constexpr int kMantissa = 52, kBias = 1023;
+  static constexpr double kPoly[] = {
+      6.931471805599453094e-01, 2.402265069591007123e-01, 5.550410866482157995e-02, 9.618129107628477162e-03,
+      1.333355814642844342e-03, 1.540353039338160995e-04, 1.525273380405984028e-05, 1.321548679014430949e-06,
+      1.017808600923969973e-07, 7.054911620801123330e-09, 4.445538271870811498e-10, 2.567843599348820514e-11,
+      1.369148885390412888e-12};
+};
+
+// 2^t as scale * (1 + fraction), scale a power of two. Below the normal range, and for t = -inf, scale is exactly zero.
+template <class F>
+struct Exp2Parts {
+  Vec<F> scale, fraction;
+};
+template <class F>
+inline Exp2Parts<F> exp2_parts(Vec<F> t) {
+  using K = Exp2Constants<F>;
+  constexpr F kRound = F(1.5) * F(int64_t(1) << K::kMantissa) + K::kBias;  // adding it rounds t into the low bits
+  t = max(broadcast<F>(-K::kBias), t);                                     // keeps a NaN
+  const Vec<F> shifted = t + kRound;
+  const Vec<F> f = t - (shifted - kRound);
+  constexpr int n = sizeof(K::kPoly) / sizeof(F);
+  Vec<F> p = broadcast<F>(K::kPoly[n - 1]);
+  for (int i = n - 2; i >= 0; --i) p = p * f + K::kPoly[i];
+  return {(Vec<F>)((Int<F>)shifted << K::kMantissa), p * f};
+}
+
+constexpr double kLog2E = 1.44269504088896340736;
+
+template <class F>
+inline Vec<F> exp2(Vec<F> t) {
+  const Exp2Parts<F> e = exp2_parts<F>(t);
+  return e.fraction * e.scale + e.scale;
+}
+
+// tanh(x) = m / (m + 2) with m = e^(2x) - 1, which keeps its digits near zero; saturated where tanh rounds to one.
+template <class F>
+inline Vec<F> tanh(Vec<F> x) {
+  const F bound = sizeof(F) == 4 ? 10 : 20;
+  const Vec<F> y = x < bound ? (x > -bound ? x : broadcast<F>(-bound)) : broadcast<F>(bound);
+  const Exp2Parts<F> e = exp2_parts<F>(y * F(2 * kLog2E));
+  const Vec<F> m = e.fraction * e.scale + (e.scale - 1);
+  const Vec<F> t = m / (m + 2);
+  return x != x ? x : t;
+}
+
+}  // namespace FASTLOSS_ISA
+}  // namespace fastloss

@@ -1,0 +1,141 @@
+"""What callers pass, brought to rows: logits (N, V), and class indices (N,) or class probabilities (N, V).
+
+The checks raise torch's exception types on torch's conditions, before anything is computed or written.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_INDEX_DTYPES = (torch.int64, torch.int32, torch.uint8)
+_LOW_PRECISION = (torch.bfloat16, torch.float16)
+COMPUTE_DTYPE = {
+    torch.float32: torch.float32,
+    torch.bfloat16: torch.float32,
+    torch.float16: torch.float32,
+    torch.float64: torch.float64,
+}
+
+
+def as_rows(input: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Views (or, for strided classes, copies) of the logits as (N, V) and of the target as (N,) or (N, V)."""
+    if input.dtype not in COMPUTE_DTYPE:
+        raise NotImplementedError(f"input: expected float32, bfloat16, float16 or float64 logits, got {input.dtype}")
+    if input.shape == target.shape:
+        if not target.is_floating_point():
+            raise RuntimeError(
+                f"target: Expected floating point type for target with class probabilities (it has the shape of "
+                f"input, {tuple(input.shape)}), got {target.dtype}"
+            )
+        if ignore_index >= 0:
+            raise RuntimeError(f"ignore_index is not supported for floating point target, got {ignore_index}")
+        return _class_rows(input), _class_rows(target)
+    if target.dtype not in _INDEX_DTYPES:
+        raise RuntimeError(f"target: expected target dtype to be Long, Int or Byte (class indices), got {target.dtype}")
+    _check_index_shape(input, target)
+    indices = target.reshape(-1)
+    return _class_rows(input), indices if indices.dtype == torch.int64 else indices.long()
+
+
+def _class_rows(x: Tensor) -> Tensor:
+    if x.dim() == 2:
+        return x
+    if x.dim() < 2:
+        return x.reshape(1, -1)
+    return x.movedim(1, -1).reshape(-1, x.shape[1])
+
+
+def _check_index_shape(input: Tensor, target: Tensor) -> None:
+    shape, got = tuple(input.shape), tuple(target.shape)
+    if len(shape) == 0:
+        raise RuntimeError("input: expected logits of shape (C), (N, C) or (N, C, d1, ...), got a scalar")
+    if len(shape) == 1:
+        if len(got) > 1:
+            raise RuntimeError(f"target: 0D or 1D target tensor expected, multi-target not supported; got shape {got}")
+        if got not in ((), (1,)):
+            raise ValueError(f"For 1D input, 1D target must have size 1, but got target size: {got[0]}")
+        return
+    if len(shape) == 2 and len(got) > 1:
+        raise RuntimeError(f"target: 0D or 1D target tensor expected, multi-target not supported; got shape {got}")
+    if shape[0] != (got[0] if got else 0):
+        raise ValueError(
+            f"Expected input batch_size ({shape[0]}) to match target batch_size ({got[0] if got else 0}): "
+            f"input has shape {shape}, target {got}"
+        )
+    expected = shape[:1] + shape[2:]
+    if got != expected:
+        raise RuntimeError(f"Expected target size {list(expected)}, got {list(got)}")
+
+
+def check_weight(weight: Tensor, input: Tensor, rows: Tensor, soft: bool) -> None:
+    """Class weights: one per class, and of the logits' dtype where torch demands it."""
+    V = rows.shape[1]
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"cross_entropy(): argument 'weight' (position 3) must be Tensor, not {type(weight).__name__}")
+    if weight.dim() != 1 or weight.numel() != V:
+        raise RuntimeError(
+            f"weight tensor should be defined either for all {V} classes or no classes but got weight tensor of "
+            f"shape: {list(weight.shape)}"
+        )
+    if weight.device != input.device:
+        raise RuntimeError(f"weight: expected a tensor on {input.device}, got one on {weight.device}")
+    if not soft and weight.dtype != input.dtype and not _under_autocast(input):
+        raise RuntimeError(f"weight: expected scalar type of input, {input.dtype}, but found {weight.dtype}")
+
+
+def check_token_weight(token_weight: Tensor, N: int, like: Tensor, shape: torch.Size) -> Tensor:
+    """Per-row weights as (N,), in the compute dtype."""
+    if not isinstance(token_weight, Tensor):
+        raise TypeError(f"cross_entropy(): argument 'token_weight' must be Tensor, not {type(token_weight).__name__}")
+    if token_weight.shape != shape and tuple(token_weight.shape) != (N,):
+        raise ValueError(
+            f"token_weight: expected shape {tuple(shape)} (one weight per target), got {tuple(token_weight.shape)}"
+        )
+    if token_weight.device != like.device:
+        raise RuntimeError(f"token_weight: expected a tensor on {like.device}, got one on {token_weight.device}")
+    return token_weight.reshape(-1).to(COMPUTE_DTYPE[like.dtype])
+
+
+def as_normalizer(normalizer: Tensor | float, like: Tensor, reduction: str) -> Tensor:
+    """The caller's denominator as a 0-d tensor beside the logits; never read on the host."""
+    if reduction == "none":
+        raise ValueError("normalizer: expected reduction='mean' or 'sum' with it, got reduction='none'")
+    dtype = COMPUTE_DTYPE[like.dtype]
+    if isinstance(normalizer, Tensor):
+        if normalizer.numel() != 1:
+            raise ValueError(f"normalizer: expected a number or a tensor of one element, got {tuple(normalizer.shape)}")
+        return normalizer.reshape(()).to(device=like.device, dtype=dtype, non_blocking=True)
+    if not isinstance(normalizer, (int, float)):
+        raise TypeError(f"normalizer: expected a number or a Tensor, got {type(normalizer).__name__}")
+    return torch.full((), normalizer, dtype=dtype, device=like.device)
+
+
+def check_inplace(input: Tensor, rows: Tensor) -> None:
+    """The gradient can only overwrite logits that are dense rows of a tensor autograd may see changed."""
+    if input.is_leaf and input.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError("inplace=True: input is a leaf Variable that requires grad; its values cannot be overwritten")
+    dense = rows.shape[0] <= 1 or rows.stride(0) >= rows.shape[1]
+    if rows.data_ptr() != input.data_ptr() or (rows.shape[1] > 1 and rows.stride(1) != 1) or not dense:
+        raise ValueError(
+            f"inplace=True: expected logits whose classes are contiguous and whose rows do not overlap, got shape "
+            f"{tuple(input.shape)} with strides {input.stride()}"
+        )
+
+
+def loss_dtype(input: Tensor, target: Tensor, weight: Tensor | None, out_dtype: torch.dtype | None) -> torch.dtype:
+    """torch's result dtype: that of the input, float32 under autocast, promoted by class probabilities."""
+    if out_dtype is not None:
+        if not out_dtype.is_floating_point:
+            raise TypeError(f"out_dtype: expected a floating point dtype, got {out_dtype}")
+        return out_dtype
+    dtype = torch.float32 if _under_autocast(input) else input.dtype
+    if target.is_floating_point():
+        for other in (target, weight):
+            if other is not None and not (_under_autocast(input) and other.dtype in _LOW_PRECISION):
+                dtype = torch.promote_types(dtype, other.dtype)
+    return dtype
+
+
+def _under_autocast(input: Tensor) -> bool:
+    return input.dtype != torch.float64 and torch.is_autocast_enabled(input.device.type)

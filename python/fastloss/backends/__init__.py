@@ -1,0 +1,102 @@
+"""The registry: which backend runs a call, and why the others do not."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import native, reference
+
+
+class Backend(NamedTuple):
+    """Functions that compute rows. `row_loss_grad`, loss and gradient in one pass, may be missing."""
+
+    name: str
+    refuses: Callable[[torch.device, torch.dtype, torch.dtype], str | None]
+    row_loss: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    row_grad: Callable[..., Tensor]
+    row_loss_grad: Callable[..., tuple[Tensor, Tensor | None]] | None = None
+
+
+BACKENDS = (
+    Backend("cpu", native.refuses, native.row_loss, native.row_grad, native.row_loss_grad),
+    Backend("reference", reference.refuses, reference.row_loss, reference.row_grad),
+)
+
+_forced: str | None = None
+_chosen: dict[Any, Backend] = {}
+
+
+def names() -> list[str]:
+    """The backends' names, in the order they are asked."""
+    return [backend.name for backend in BACKENDS]
+
+
+def force(name: str | None) -> None:
+    """Only this backend from now on; None or "auto" for the usual order."""
+    global _forced
+    name = None if name == "auto" else name
+    if name is not None and name not in names():
+        raise ValueError(f"backend: expected one of {', '.join(['auto', *names()])}, got {name!r}")
+    _forced = name
+    _chosen.clear()
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """`with fastloss.use_backend("reference"):` only this backend inside; for the whole process, not per thread."""
+    before = _forced
+    force(name)
+    try:
+        yield
+    finally:
+        force(before)
+
+
+def choose(input: Tensor, target: Tensor) -> Backend:
+    """The first backend that does not refuse logits and targets like these."""
+    key = (input.device, input.dtype, target.dtype)
+    backend = _chosen.get(key)
+    if backend is None:
+        backend = _chosen[key] = _choose(*key)
+    return backend
+
+
+def _choose(*request: Any) -> Backend:
+    reasons = refusals(*request)
+    for backend in BACKENDS:
+        if reasons[backend.name] is None:
+            return backend
+    table = "\n".join(f"  {name}: {reason}" for name, reason in reasons.items())
+    raise NotImplementedError(f"no backend runs this call:\n{table}")
+
+
+def refusals(device: torch.device, dtype: torch.dtype, target_dtype: torch.dtype) -> dict[str, str | None]:
+    """For each backend, why it would not run such a call; None where it would."""
+    forced = f"{_forced!r} is forced (FASTLOSS_BACKEND or use_backend)" if _forced else None
+    return {
+        backend.name: forced if forced and backend.name != _forced else backend.refuses(device, dtype, target_dtype)
+        for backend in BACKENDS
+    }
+
+
+def explain(input: Tensor, target: Tensor) -> str:
+    """Which backend would compute a loss of these tensors, and why the others would not, as a small table."""
+    reasons = refusals(input.device, input.dtype, target.dtype)
+    chosen = next((name for name, reason in reasons.items() if reason is None), None)
+    lines = [f"{'->' if name == chosen else '  '} {name:10s} {_status(name, reason, chosen)}" for name, reason in reasons.items()]
+    return "\n".join(lines)
+
+
+def _status(name: str, reason: str | None, chosen: str | None) -> str:
+    if reason is not None:
+        return reason
+    return "chosen" if name == chosen else f"would run, but {chosen} comes first"
+
+
+force(os.environ.get("FASTLOSS_BACKEND"))

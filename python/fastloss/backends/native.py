@@ -1,0 +1,156 @@
+"""The CPU kernels: torch tensors to the addresses and sizes that fastloss._native takes."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..arguments import COMPUTE_DTYPE
+from ..spec import REDUCTIONS, Spec
+
+try:
+    from .. import _native
+except ImportError as error:  # a source tree, or a wheel built without its kernels
+    _native = None  # type: ignore[assignment]
+    _import_error = str(error)
+
+_DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_RECYCLE_BYTES = 8 << 20  # below this, malloc itself keeps memory warm
+
+if _native is not None and "FASTLOSS_ISA" in os.environ:
+    _native.use_isa(os.environ["FASTLOSS_ISA"])
+
+
+def refuses(device: torch.device, dtype: torch.dtype, target_dtype: torch.dtype) -> str | None:
+    """Why these kernels cannot run such a call; None if they can."""
+    if _native is None:
+        return f"fastloss._native is not built: {_import_error}"
+    if device.type != "cpu":
+        return f"runs on cpu tensors, not on {device.type}"
+    if dtype not in _DTYPE_CODES:
+        return f"takes float32, bfloat16, float16 or float64, not {dtype}"
+    return None
+
+
+def empty_grad(input: Tensor) -> tuple[Tensor, bool]:
+    """An uninitialised (N, V) gradient, and whether its memory is recycled (its pages exist)."""
+    N, V = input.shape
+    count = N * V
+    if count * input.element_size() < _RECYCLE_BYTES:
+        return torch.empty((N, V), dtype=input.dtype), False
+    buffer = _native.Buffer(count * input.element_size())
+    return torch.frombuffer(buffer, dtype=input.dtype, count=count).view(N, V), buffer.recycled
+
+
+def _rows(input: Tensor, target: Tensor, weight: Tensor | None, spec: Spec) -> tuple[tuple[Any, ...], Any]:
+    """The kernels' description of the rows, and the tensors that own its memory."""
+    N, V = input.shape
+    if V > 1 and input.stride(1) != 1:
+        input = input.contiguous()
+    stride, code = 0, 0
+    soft = target.is_floating_point()
+    compute = COMPUTE_DTYPE[input.dtype]
+    if soft:
+        if (target.dtype == torch.float64) != (compute == torch.float64) or target.dtype not in _DTYPE_CODES:
+            target = target.to(compute)
+        if V > 1 and target.stride(1) != 1:
+            target = target.contiguous()
+        stride, code = target.stride(0), _DTYPE_CODES[target.dtype]
+    elif not target.is_contiguous():
+        target = target.contiguous()
+    if weight is not None:
+        weight = weight.detach().to(compute).contiguous()
+    fields = (
+        input.data_ptr(),
+        N,
+        V,
+        input.stride(0),
+        _DTYPE_CODES[input.dtype],
+        soft,
+        target.data_ptr(),
+        stride,
+        code,
+        spec.ignore_index,
+        0 if weight is None else weight.data_ptr(),
+        spec.label_smoothing,
+        spec.z_loss,
+        spec.softcap,
+        spec.logit_scale,
+        torch.get_num_threads(),
+    )
+    return fields, (input, target, weight)
+
+
+def row_loss(
+    input: Tensor, target: Tensor, weight: Tensor | None, spec: Spec, extras: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See reference.row_loss."""
+    rows, owners = _rows(input, target, weight, spec)
+    N = input.shape[0]
+    dtype = COMPUTE_DTYPE[input.dtype]
+    loss, stats = torch.empty(N, dtype=dtype), torch.empty((5, N), dtype=dtype)
+    argmax = torch.empty(N if extras else 0, dtype=torch.int64)
+    _native.row_loss(rows, loss.data_ptr(), stats.data_ptr(), argmax.data_ptr() if extras else 0, extras)
+    del owners
+    return loss, stats, argmax
+
+
+def row_grad(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    spec: Spec,
+    stats: Tensor,
+    upstream: list[Tensor | None],
+    out: Tensor | None = None,
+) -> Tensor:
+    """See reference.row_grad."""
+    rows, owners = _rows(input, target, weight, spec)
+    grad = empty_grad(input)[0] if out is None else out
+    upstream = [None if g is None else g.to(stats.dtype) for g in upstream]
+    pointers = [(0, 0) if g is None else (g.data_ptr(), g.stride(0)) for g in upstream]
+    _native.row_grad(rows, stats.data_ptr(), pointers, grad.data_ptr(), grad.stride(0))
+    del owners
+    return grad
+
+
+def row_loss_grad(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    token_weight: Tensor | None,
+    normalizer: Tensor | None,
+    spec: Spec,
+    reduction: str,
+    upstream: float,
+    need_grad: bool,
+    out_dtype: torch.dtype,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """The reduced loss and, `upstream` times, its gradient: each row's while the row is in cache."""
+    rows, owners = _rows(input, target, weight, spec)
+    if token_weight is not None:
+        token_weight = token_weight.contiguous()
+    grad, streaming = out, False
+    if need_grad and grad is None:
+        grad, streaming = empty_grad(input)
+    value = _native.row_loss_grad(
+        rows,
+        REDUCTIONS[reduction],
+        0 if token_weight is None else token_weight.data_ptr(),
+        None if normalizer is None else float(normalizer),
+        upstream,
+        0 if grad is None else grad.data_ptr(),
+        0 if grad is None else grad.stride(0),
+        streaming,
+    )
+    del owners
+    return torch.scalar_tensor(value, dtype=out_dtype), grad
+
+
+def empty_cache() -> int:
+    """Gives the recycled gradient memory back to the system; returns the number of bytes."""
+    return 0 if _native is None else _native.empty_cache()

@@ -1,0 +1,181 @@
+"""The losses that users call."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import _reduction as _legacy
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+from . import arguments, rows
+from .backends import reference
+from .reduction import reduce_rows, valid_rows
+from .spec import REDUCTIONS, Spec, make_spec
+
+_transforming = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+
+
+class CrossEntropyStats(NamedTuple):
+    """Per-target statistics in the compute dtype, shaped like the unreduced loss.
+
+    `lse`, `log_prob` and `entropy` are differentiable. With class probabilities `log_prob` is their expectation
+    sum q log p (q weighted and smoothed as in the loss) and `correct` is None. Where the target is ignored, `log_prob`
+    is 0 and `correct` False.
+    """
+
+    lse: Tensor
+    log_prob: Tensor
+    entropy: Tensor
+    argmax: Tensor
+    correct: Tensor | None
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    token_weight: Tensor | None = None,
+    normalizer: Tensor | float | None = None,
+    out_dtype: torch.dtype | None = None,
+    inplace: bool = False,
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, CrossEntropyStats]:
+    r"""``torch.nn.functional.cross_entropy(input, target, weight, ignore_index=..., reduction=..., label_smoothing=...)``
+
+    with the same arguments, shapes, defaults, result and exceptions, and beyond torch:
+    ``F.cross_entropy(softcap * tanh(logit_scale * input / softcap), target) + z_loss * logsumexp(...) ** 2``.
+
+    Args:
+        input: logits (C), (N, C) or (N, C, d1, ..., dK); float32, bfloat16, float16 or float64, any strides. Sums are
+            float32 (float64 for float64). A logit of -inf is a class that does not exist: gradient exactly zero.
+        target: class indices (), (N) or (N, d1, ..., dK) in [0, C), int64, int32 or uint8; or class probabilities of
+            input's shape, floating point.
+        weight: (C), one weight per class, of input's dtype. A mean divides by the summed weights of the targets.
+        size_average, reduce: deprecated, as in torch.
+        ignore_index: targets of this index have zero loss and exactly zero gradient.
+        reduction: "none", "mean" or "sum". The mean of no target at all is NaN, its gradient zero.
+        label_smoothing: eps in [0, 1]; the target becomes (1 - eps) one_hot + eps / C (Szegedy et al. 2016,
+            arXiv:1512.00567, section 7).
+        z_loss: adds z_loss * lse ** 2 per target, lse the log-partition (PaLM, arXiv:2204.02311, section 5: 1e-4).
+        softcap: replaces the scaled logits z by softcap * tanh(z / softcap), softcap > 0 (Gemma 2, arXiv:2408.00118).
+        logit_scale: multiplies the logits first, > 0: an inverse temperature.
+        token_weight: (N) or target's shape: multiplies each target's loss, and counts in the mean's denominator.
+        normalizer: a number or a tensor of one element that replaces the mean's denominator, or divides the sum: the
+            ``num_items_in_batch`` of trainers. On its device, never synchronised.
+        out_dtype: dtype of the loss; by default torch's: input's, but float32 under autocast.
+        inplace: the gradient may overwrite the logits. Whatever else saved them for its backward raises; they must not
+            be used afterwards.
+        return_stats: also returns `CrossEntropyStats`, computed in the same pass.
+
+    Returns:
+        The loss: a scalar, or with reduction="none" the shape of the class indices. With return_stats, (loss, stats).
+
+    Raises:
+        IndexError: a class index out of range (on the CPU).  RuntimeError, ValueError, TypeError, NotImplementedError:
+        as torch raises, naming the argument.
+
+    Memory: the gradient, made with the loss where a mean or sum is differentiated, and O(N) beyond it, O(C) per thread.
+
+    >>> logits, labels = torch.zeros(2, 4), torch.tensor([1, -100])
+    >>> cross_entropy(logits, labels)
+    tensor(1.3863)
+    """
+    if has_torch_function_variadic(input, target, weight):
+        return handle_torch_function(
+            cross_entropy,
+            (input, target, weight),
+            input,
+            target,
+            weight,
+            size_average,
+            ignore_index,
+            reduce,
+            reduction,
+            label_smoothing,
+            z_loss=z_loss,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            token_weight=token_weight,
+            normalizer=normalizer,
+            out_dtype=out_dtype,
+            inplace=inplace,
+            return_stats=return_stats,
+        )
+    if size_average is not None or reduce is not None:
+        reduction = _legacy.legacy_get_string(size_average, reduce)
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: {reduction!r} is not a valid value for reduction ('none', 'mean' or 'sum')")
+    for name, value in (("input", input), ("target", target)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"cross_entropy(): argument '{name}' must be Tensor, not {type(value).__name__}")
+    if input.device != target.device:
+        raise RuntimeError(f"target: expected a tensor on {input.device} like input, got one on {target.device}")
+    spec = make_spec(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    x, y = arguments.as_rows(input, target, ignore_index)
+    soft = y.is_floating_point()
+    if weight is not None:
+        arguments.check_weight(weight, input, x, soft)
+    if token_weight is not None:
+        token_weight = arguments.check_token_weight(token_weight, x.shape[0], x, _row_shape(input, target))
+    if normalizer is not None:
+        normalizer = arguments.as_normalizer(normalizer, x, reduction)
+    if inplace:
+        arguments.check_inplace(input, x)
+    dtype = arguments.loss_dtype(input, target, weight, out_dtype)
+
+    if not return_stats and reduction != "none" and not _needs_reference(y, weight, token_weight, normalizer):
+        loss = rows.reduced(x, y, weight, token_weight, normalizer, spec, reduction, dtype, inplace)
+        if loss is not None:
+            return loss
+    row = _per_row(x, y, weight, spec, return_stats, inplace)
+    loss = reduce_rows(row.loss, y, weight, token_weight, normalizer, spec, reduction).to(dtype)
+    shape = _row_shape(input, target)
+    if reduction == "none":
+        loss = loss.reshape(shape)
+    return (loss, _stats(row, y, spec, shape)) if return_stats else loss
+
+
+def _row_shape(input: Tensor, target: Tensor) -> torch.Size:
+    """The shape of the unreduced loss."""
+    if target.shape != input.shape:
+        return target.shape if input.dim() > 1 else torch.Size(())
+    return input.shape[:1] + input.shape[2:] if input.dim() > 1 else torch.Size(())
+
+
+def _needs_reference(target: Tensor, weight: Tensor | None, *vectors: Tensor | None) -> bool:
+    """Transforms of torch.func, forward-mode AD, and gradients of targets, weights or denominators."""
+    if _transforming() or torch.autograd.forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (target, weight, *vectors)
+    )
+
+
+def _per_row(
+    x: Tensor, y: Tensor, weight: Tensor | None, spec: Spec, extras: bool, inplace: bool
+) -> rows.RowLoss:
+    if _needs_reference(y, weight):
+        if weight is not None and weight.requires_grad and not y.is_floating_point():
+            raise RuntimeError("weight: cross_entropy of class indices is not differentiable with respect to it")
+        result = reference.row_result(x, y, weight, spec)
+        argmax = reference.transform(x.detach(), spec).argmax(-1) if extras else None
+        return rows.RowLoss(*result, argmax)
+    return rows.per_row(x, y, weight, spec, extras, inplace)
+
+
+def _stats(row: rows.RowLoss, y: Tensor, spec: Spec, shape: torch.Size) -> CrossEntropyStats:
+    valid = valid_rows(y, spec)
+    correct = None if valid is None else ((row.argmax == y) & valid).reshape(shape)
+    lse, log_prob, entropy, argmax = (t.reshape(shape) for t in row[1:])
+    return CrossEntropyStats(lse, log_prob, entropy, argmax, correct)
