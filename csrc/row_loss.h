@@ -31,10 +31,10 @@ struct RowTarget {
 };
 
 // One row's statistics: enough for the loss, for what the caller may ask back, and for the gradient.
-// The log of the sum is kept apart from the maximum so that z - max - log_sum loses nothing at |z| = 1e4.
+// The log of the sum is kept apart from the centre so that z - centre - log_sum loses nothing at |z| = 1e4.
 template <class F>
 struct RowStats {
-  F max, log_sum, log_prob, mass, entropy;
+  F centre, log_sum, log_prob, mass, entropy;
 };
 
 // Upstream gradients of the loss and of the differentiable statistics.
@@ -58,7 +58,7 @@ template <class F>
 FASTLOSS_HD inline RowStats<F> finalize(const Spec& spec, const RowState<F>& s, const RowTarget<F>& y, int64_t V,
                                         F* loss) {
   RowStats<F> row;
-  row.max = s.max;
+  row.centre = s.centre;
   row.log_sum = std::log(s.sum);
   row.entropy = row.log_sum - s.moment / s.sum;
   const F smooth = F(spec.label_smoothing) / F(V), sharp = 1 - F(spec.label_smoothing);
@@ -68,11 +68,11 @@ FASTLOSS_HD inline RowStats<F> finalize(const Spec& spec, const RowState<F>& s, 
     row.mass = s.mass;
     *loss = -spread;
   } else {
-    row.log_prob = (y.logit - s.max) - row.log_sum;
+    row.log_prob = (y.logit - s.centre) - row.log_sum;
     row.mass = sharp * y.weight + smooth * y.weight_sum;
     *loss = -times(sharp * y.weight, row.log_prob) - times(smooth, spread);
   }
-  const F lse = row.max + row.log_sum;
+  const F lse = row.centre + row.log_sum;
   *loss += times(F(spec.z_loss), lse * lse);
   return row;
 }
@@ -80,7 +80,7 @@ FASTLOSS_HD inline RowStats<F> finalize(const Spec& spec, const RowState<F>& s, 
 template <class F>
 FASTLOSS_HD inline Coefficients<F> coefficients(const Spec& spec, const RowStats<F>& row, F target_weight, int64_t V,
                                                 const Upstream<F>& g) {
-  const F lse = row.max + row.log_sum;
+  const F lse = row.centre + row.log_sum;
   Coefficients<F> c;
   c.A = g.loss * (row.mass + 2 * F(spec.z_loss) * lse) + g.lse;
   if (g.entropy != 0) {

@@ -1,13 +1,13 @@
 // The state of one row (token) over some part of the vocabulary, and how two parts merge. Merging is associative and
 // commutative with RowState{} as its unit, so the same function joins SIMD tiles, warps, blocks of a row, and ranks.
 //
-//   max    m = max z_j
+//   centre m: the maximum of the z_j, or near it; -inf while there is none
 //   sum    s = sum e^(z_j - m)
 //   moment t = sum e^(z_j - m) (z_j - m)        entropy needs it
 //   plain  b = sum w_j (z_j - m)                label smoothing and class probabilities need it
 //   mass     = sum w_j
 //
-// `plain` is centred at the maximum like the moment: logits near 1e4 must not cost the loss its digits.
+// `plain` is centred like the moment: logits near 1e4 must not cost the loss its digits.
 #pragma once
 
 #include <cmath>
@@ -19,25 +19,25 @@ inline namespace FASTLOSS_ISA {
 
 template <class F>
 struct RowState {
-  F max = -INFINITY;
+  F centre = -INFINITY;
   F sum = 0;
   F moment = 0;
   F plain = 0;
   F mass = 0;
 };
 
-// Move a state to a new centre M >= a.max. A part that is empty or all -inf weighs nothing and moves nowhere: no NaN.
+// Move a state to a new centre M >= a.centre. A part that is empty or all -inf weighs nothing and moves nowhere: no NaN.
 template <class F>
 FASTLOSS_HD inline RowState<F> recentre(const RowState<F>& a, F M) {
-  if (a.max == M || a.max == -INFINITY) return {M, a.sum, a.moment, a.plain, a.mass};
-  const F d = a.max - M;
+  if (a.centre == M || a.centre == -INFINITY) return {M, a.sum, a.moment, a.plain, a.mass};
+  const F d = a.centre - M;
   const F k = std::exp(d);
   return {M, k * a.sum, k * (a.moment + d * a.sum), a.plain + (a.mass != 0 ? d * a.mass : F(0)), a.mass};
 }
 
 template <class F>
 FASTLOSS_HD inline RowState<F> merge(const RowState<F>& a, const RowState<F>& c) {
-  const F M = a.max > c.max ? a.max : c.max;
+  const F M = a.centre > c.centre ? a.centre : c.centre;
   const RowState<F> x = recentre(a, M), y = recentre(c, M);
   return {M, x.sum + y.sum, x.moment + y.moment, x.plain + y.plain, x.mass + y.mass};
 }

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <memory>
+#include <type_traits>
 #include <vector>
 
 #include "parallel.h"
@@ -14,9 +15,6 @@
 namespace fastloss {
 inline namespace FASTLOSS_ISA {
 namespace {
-
-// Rows up to this size are prefetched whole: this one, its exponentials and the next must fit the L2 cache together.
-constexpr int64_t kPrefetchBytes = 320 << 10;
 
 // Per-thread memory, kept between calls: O(V) bytes a thread.
 template <class F>
@@ -67,6 +65,13 @@ struct ClassWeights {
   double of(int64_t j) const { return padded_values.empty() ? 1 : padded_values[size_t(j)]; }
 };
 
+// A centre may lie this far below the maximum, in units of z: exponentials stay far from overflow, sums lose nothing.
+constexpr double kSlack = 8;
+constexpr int64_t kGlance = 256;
+
+template <class F>
+using Native = std::conditional_t<sizeof(F) == 8, Float64, Float32>;
+
 template <class F>
 class Row {
  public:
@@ -77,35 +82,20 @@ class Row {
         spec_(rows.spec),
         V_(rows.input.cols),
         cap_(F(spec_.softcap)),
-        // Without a softcap the scale rides along in the exponential, and z below means x.
+        // Without a softcap the scale rides along in the exponential, and a tile holds x.
         scale_(cap_ > 0 ? F(1) : F(spec_.logit_scale)) {}
 
-  // The state of row i. Keep: leave in the workspace what gradient() needs.
+  // The state of row i. Keep: leave in the workspace what gradient<true>() needs.
   template <bool Moment, bool Keep>
   RowState<double> reduce(int64_t i, int64_t* argmax = nullptr) {
     RowState<double> state;
-    F m = -INFINITY;
-    if (argmax) *argmax = 0;
-    for (int64_t j = 0, t = 0; j < V_; j += kTile, ++t) {
-      const int64_t n = std::min(kTile, V_ - j), np = padded<F>(n);
-      const bool keep_z = Keep && cap_ > 0;
-      const F* z = logits(i, j, n, keep_z ? ws_.row + j : ws_.tile);
-      const F top = tile_max<F>(z, np);
-      if (top > m) {
-        m = top;
-        if (argmax) *argmax = j + (std::find(z, z + n, top) - z);
-      }
-      const F centre = m == -INFINITY ? F(0) : m;  // nothing but -inf so far: e^(z - 0) = 0
-      RowState<double> part;
-      tile_exp<Moment>(z, np, centre, scale_, Keep && !keep_z ? ws_.row + j : nullptr, part);
-      part.max = double(m) * scale_;
-      if (spec_.soft)
-        tile_plain<F>(z, np, centre, scale_, {target_probs(i, j, n), n}, part);
-      else if (spec_.label_smoothing > 0)
-        tile_plain<F>(z, np, centre, scale_, {weights_.at(j), n}, part);
-      if (Keep) ws_.centre[t] = part.max;
-      state = merge(state, part);
+    shift_ = 0;
+    if (!try_reduce<Moment, Keep>(i, argmax, state)) {
+      shift_ = row_max(i);
+      state = {};
+      try_reduce<Moment, Keep>(i, argmax, state);
     }
+    state.centre += shift_ * double(scale_);
     return state;
   }
 
@@ -122,35 +112,35 @@ class Row {
   template <bool Kept>
   void gradient(int64_t i, const RowStats<double>& s, const Coefficients<double>& c, double target_logit, char* out,
                 DType dtype, bool streaming) {
-    const int64_t y = rows_.target && !spec_.soft ? rows_.target[i] : -1;
-    const double inv_sum = std::exp(-s.log_sum);
     Coefficients<double> cs = c;
     for (double* v : {&cs.A, &cs.E, &cs.B, &cs.C, &cs.Q}) *v *= spec_.logit_scale;  // the linear part of phi'
-    const Coefficients<F> cf{F(cs.A), F(cs.E), F(cs.B), F(cs.C), F(cs.Q)};
-    const bool exp_kept = Kept && !(cap_ > 0);
-    const F m = F(s.max);
-    for (int64_t j = 0, t = 0; j < V_; j += kTile, ++t) {
-      const int64_t n = std::min(kTile, V_ - j), np = padded<F>(n);
-      F* work = Kept ? ws_.row + j : ws_.tile;
-      const F* in = Kept ? work : logits(i, j, n, ws_.tile);
-      const F* q = spec_.soft ? target_probs(i, j, n) : nullptr;
-      if (exp_kept) {
-        const double shift = ws_.centre[t] - s.max;
-        const F k = F(shift == 0 ? inv_sum : inv_sum * std::exp(shift));
-        gradient_tile<true, F>(in, work, np, m, scale_, k, cf, weights_.at(j), q, cap_);
+    if (!Kept) shift_ = Centre<F>(F(s.centre / scale_), scale_).exact ? F(0) : F(s.centre / scale_);
+    const double origin = s.centre - shift_ * double(scale_);  // s.centre in the units of the tiles
+    const Centre<F> centre(F(origin / scale_), scale_);
+    const F k = F(std::exp((centre.value - origin) - s.log_sum)), m = F(origin);
+    const Coefficients<F> cf{F(cs.A + times(cs.E, m - origin)), F(cs.E), F(cs.B), F(cs.C), F(cs.Q)};
+    for_tiles([&](int64_t j, int64_t n, int64_t t) {
+      F *work = ws_.row + j, factor = 1;
+      const Operands<F> operands{weights_.at(j), spec_.soft ? target_probs(i, j, n) : nullptr, m, scale_, cap_, shift_};
+      if (Kept && !(cap_ > 0)) {
+        const F kt = F(std::exp((ws_.centre[t] - origin) - s.log_sum));
+        if (cf.C == 0 && cf.Q == 0)
+          factor = cf.A * kt;  // plain cross-entropy: one multiplication, on the way out
+        else
+          gradient_tile<true, Native<F>>(work, work, padded<F>(n), centre, kt, cf, operands);
+      } else if (Kept) {
+        gradient_tile<false, Native<F>>(work, work, padded<F>(n), centre, k, cf, operands);
       } else {
-        gradient_tile<false, F>(in, work, np, m, scale_, F(inv_sum), cf, weights_.at(j), q, cap_);
+        with_logits(i, j, n, work, [&](auto element, const auto* z, int64_t np) {
+          gradient_tile<false, decltype(element)>(z, work, np, centre, k, cf, operands);
+        });
       }
-      if (y >= j && y < j + n) work[y - j] = target_gradient(s, cs, target_logit, y);
-      write_tile<F>(work, out + j * size_of(dtype), dtype, n, streaming);
-    }
-  }
-
-  // Asks for row i before it is needed, while the memory bus only carries the gradient out.
-  void prefetch_row(int64_t i) const {
-    const char* p = rows_.input.row(i);
-    const int64_t bytes = V_ * size_of(rows_.input.dtype);
-    for (int64_t b = 0; b < bytes; b += 64) prefetch(p + b);
+      write_tile<F>(work, factor, out + j * size_of(dtype), dtype, n, streaming);
+    });
+    if (spec_.soft || rows_.ignored(i)) return;
+    const int64_t y = rows_.target[i];
+    const F dy = target_gradient(s, cs, target_logit, y);
+    write_tile<F>(&dy, F(1), out + y * size_of(dtype), dtype, 1, false);
   }
 
  private:
@@ -161,18 +151,85 @@ class Row {
   const int64_t V_;
   const F cap_, scale_;
 
-  // z of n columns from j: the logits themselves where they need no work, else in buf; the padding is -inf.
-  const F* logits(int64_t i, int64_t j, int64_t n, F* buf) const {
+  F shift_ = 0;  // taken from a row's logits before anything else when they are too large for Centre's arithmetic
+
+  // False where the row must be shifted first.
+  template <bool Moment, bool Keep>
+  bool try_reduce(int64_t i, int64_t* argmax, RowState<double>& state) {
+    Centre<F> centre(0, scale_);
+    F m = -INFINITY, best = -INFINITY;
+    if (argmax) *argmax = 0;
+    const bool keep_z = Keep && cap_ > 0;
+    bool near = true;
+    for_tiles([&](int64_t j, int64_t n, int64_t t) {
+      if (!near) return;
+      with_logits(i, j, n, keep_z ? ws_.row + j : ws_.tile, [&](auto element, const auto* z, int64_t np) {
+        using E = decltype(element);
+        const auto sums_around = [&](F top) {
+          if (top > -INFINITY) centre = Centre<F>(m = top, scale_);
+          near = near && (centre.exact || shift_ != 0);
+          if constexpr (Keep)
+            if (!keep_z) return tile_exp<Moment, true, E>(z, np, centre, ws_.row + j);
+          return tile_exp<Moment, false, E>(z, np, centre, static_cast<F*>(nullptr));
+        };
+        // A look at the row's first columns is guess enough; a tile that proves it wrong is done again.
+        ExpSums<F> sums = sums_around(m == -INFINITY ? tile_max<E, F>(z, std::min(np, kGlance)) : -INFINITY);
+        const double limit = m == -INFINITY ? -INFINITY : centre.value + kSlack;
+        if (double(sums.max) * scale_ > limit) sums = sums_around(sums.max);
+        if (argmax && sums.max > best) *argmax = j + first_equal<E>(z, n, best = sums.max);
+        RowState<double> part{m > -INFINITY ? centre.value : -INFINITY, sums.sum, sums.moment};
+        if (spec_.soft || spec_.label_smoothing > 0) {
+          const F at = F(centre.value);
+          const auto plain = tile_plain<E, F>(z, np, at, scale_, {spec_.soft ? target_probs(i, j, n) : weights_.at(j), n});
+          part.plain = plain.plain + times(plain.mass, at - centre.value);
+          part.mass = plain.mass;
+        }
+        if (Keep) ws_.centre[t] = part.centre;
+        state = merge(state, part);
+      });
+    });
+    return near;
+  }
+
+  F row_max(int64_t i) {
+    F m = -INFINITY;
+    for_tiles([&](int64_t j, int64_t n, int64_t) {
+      with_logits(i, j, n, ws_.tile, [&](auto element, const auto* z, int64_t np) {
+        m = std::max(m, tile_max<decltype(element), F>(z, np));
+      });
+    });
+    return m;
+  }
+
+  // fn(first column, columns, tile): whole vectors, then what is left.
+  template <class Fn>
+  void for_tiles(Fn&& fn) const {
+    for (int64_t j = 0, t = 0, n; j < V_; j += n, ++t) {
+      n = std::min(kTile, V_ - j);
+      if (n > kLanes<F>) n -= n % kLanes<F>;
+      fn(j, n, t);
+    }
+  }
+
+  // fn(element type, z, padded columns) on the logits where they lie, or in buf when they need work or padding (-inf).
+  template <class Fn>
+  void with_logits(int64_t i, int64_t j, int64_t n, F* buf, Fn&& fn) const {
     const DType dtype = rows_.input.dtype;
     const char* x = rows_.input.row(i) + j * size_of(dtype);
-    const bool as_is = size_of(dtype) == sizeof(F) && n == padded<F>(n) && !(cap_ > 0);
-    if (as_is) return reinterpret_cast<const F*>(x);
+    if (n % kLanes<F> == 0 && !(cap_ > 0) && shift_ == 0) {
+      visit<F>(dtype, [&](auto element) {
+        using T = typename decltype(element)::Storage;
+        fn(element, reinterpret_cast<const T*>(x), n);
+      });
+      return;
+    }
     read_tile<F>(x, dtype, n, -INFINITY, buf);
     if (cap_ > 0) {
       softcap_tile<F>(buf, padded<F>(n), cap_, F(spec_.logit_scale));
       std::fill(buf + n, buf + padded<F>(n), F(-INFINITY));
     }
-    return buf;
+    if (shift_ != 0) subtract_tile<F>(buf, padded<F>(n), shift_);
+    fn(Native<F>{}, static_cast<const F*>(buf), padded<F>(n));
   }
 
   const F* target_probs(int64_t i, int64_t j, int64_t n) const {
@@ -198,8 +255,8 @@ class Row {
   }
 
   F target_gradient(const RowStats<double>& s, const Coefficients<double>& cs, double z, int64_t y) const {
-    const double p = std::exp((z - s.max) - s.log_sum);
-    double dx = epilogue<double>(cs, p, p > 0 ? z - s.max : 0, weights_.of(y), 0) - cs.B;
+    const double p = std::exp((z - s.centre) - s.log_sum);
+    double dx = epilogue<double>(cs, p, p > 0 ? z - s.centre : 0, weights_.of(y), 0) - cs.B;
     if (cap_ > 0) dx *= 1 - (z / cap_) * (z / cap_);
     return F(dx);
   }
@@ -227,8 +284,8 @@ void row_loss(const Rows& rows, const RowOutputs& out) {
       RowStats<double> s = finalize(rows.spec, state, row.target(i), V, &value);
       if (ignored) s.log_prob = s.mass = value = 0;
       loss[i] = F(value);
-      s.log_sum += s.max - double(F(s.max));  // what rounding takes from one, the other keeps
-      const double columns[kStats] = {s.max, s.log_sum, s.log_prob, s.mass, s.entropy};
+      s.log_sum += s.centre - double(F(s.centre));  // what rounding takes from one, the other keeps
+      const double columns[kStats] = {s.centre, s.log_sum, s.log_prob, s.mass, s.entropy};
       for (int k = 0; k < kStats; ++k) stats[k * N + i] = F(columns[k]);
     }
   });
@@ -279,7 +336,6 @@ double row_loss_grad(const Rows& rows, const Reduced& r) {
   std::vector<double> losses(static_cast<size_t>(N), 0.0);
   parallel_for(N, V, rows.threads, [&](int64_t begin, int64_t end) {
     Row<F> row(rows, weights, Workspace<F>::get(V));
-    const int64_t row_bytes = V * size_of(rows.input.dtype);
     for (int64_t i = begin; i < end; ++i) {
       if (rows.ignored(i)) {
         if (r.grad.data) std::memset(r.grad.row(i), 0, size_t(V * size_of(r.grad.dtype)));
@@ -292,7 +348,6 @@ double row_loss_grad(const Rows& rows, const Reduced& r) {
       const double w = r.token_weight.at(i, F(1));
       losses[size_t(i)] = value * w;
       if (!r.grad.data) continue;
-      if (r.streaming && i + 1 < end && row_bytes <= kPrefetchBytes) row.prefetch_row(i + 1);
       const Coefficients<double> c = coefficients(rows.spec, s, y.weight, V, {r.upstream * w / denominator, 0, 0, 0});
       row.template gradient<true>(i, s, c, y.logit, r.grad.row(i), r.grad.dtype, r.streaming);
     }

@@ -21,7 +21,7 @@ struct Rows {
 
 enum class Reduction : int { kNone, kMean, kSum };
 
-// Statistics as five vectors of N in one array: max, log_sum, log_prob, mass, entropy.
+// Statistics as five vectors of N in one array: centre, log_sum, log_prob, mass, entropy.
 constexpr int kStats = 5;
 
 struct RowOutputs {

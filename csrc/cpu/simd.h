@@ -2,6 +2,7 @@
 // plain operators, so this one source is AVX-512, AVX2, SSE2 and NEON. Intrinsics appear only where no operator exists.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -64,10 +65,23 @@ template <class F>
 inline Vec<F> broadcast(F x) {
   return x - Vec<F>{};
 }
+
+// The larger lanes; b where either is NaN. (GCC makes a comparison and a blend of the operator form.)
+#if defined(__AVX512F__)
+inline Vec<float> max(Vec<float> a, Vec<float> b) { return (Vec<float>)_mm512_max_ps((__m512)a, (__m512)b); }
+inline Vec<double> max(Vec<double> a, Vec<double> b) { return (Vec<double>)_mm512_max_pd((__m512d)a, (__m512d)b); }
+#elif defined(__AVX2__)
+inline Vec<float> max(Vec<float> a, Vec<float> b) { return (Vec<float>)_mm256_max_ps((__m256)a, (__m256)b); }
+inline Vec<double> max(Vec<double> a, Vec<double> b) { return (Vec<double>)_mm256_max_pd((__m256d)a, (__m256d)b); }
+#elif defined(__SSE2__)
+inline Vec<float> max(Vec<float> a, Vec<float> b) { return (Vec<float>)_mm_max_ps((__m128)a, (__m128)b); }
+inline Vec<double> max(Vec<double> a, Vec<double> b) { return (Vec<double>)_mm_max_pd((__m128d)a, (__m128d)b); }
+#else
 template <class V>
-inline V max(V a, V b) {  // b where a is NaN
+inline V max(V a, V b) {
   return a > b ? a : b;
 }
+#endif
 
 template <class F>
 inline F sum_lanes(Vec<F> v) {
@@ -114,7 +128,17 @@ inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 // ---- conversions ---------------------------------------------------------------------------------------------------
 
-inline Vec<float> from_bfloat16(Half h) { return (Vec<float>)(__builtin_convertvector(h, Bits) << 16); }
+inline Bits widen(Half h) {
+#if defined(__AVX512F__)
+  return (Bits)_mm512_cvtepu16_epi32((__m256i)h);
+#elif defined(__AVX2__)
+  return (Bits)_mm256_cvtepu16_epi32((__m128i)h);
+#else
+  return __builtin_convertvector(h, Bits);
+#endif
+}
+
+inline Vec<float> from_bfloat16(Half h) { return (Vec<float>)(widen(h) << 16); }
 
 inline Half to_bfloat16(Vec<float> v) {
 #if defined(__AVX512BF16__)
@@ -132,7 +156,7 @@ inline Vec<float> from_float16(Half h) {
 #elif defined(__F16C__)
   return (Vec<float>)_mm256_cvtph_ps((__m128i)h);
 #else
-  const Bits wide = __builtin_convertvector(h, Bits);
+  const Bits wide = widen(h);
   const Bits magnitude = wide & 0x7fffu;
   const Vec<float> finite = (Vec<float>)(magnitude << 13) * 0x1p112f;  // moves the exponent; exact for subnormals too
   const Bits bits = magnitude >= 0x7c00u ? (magnitude << 13) | 0x7f800000u : (Bits)finite;
@@ -194,17 +218,21 @@ inline auto visit(DType dtype, Fn&& f) {
 
 // ---- exp and tanh --------------------------------------------------------------------------------------------------
 
+constexpr double kLog2E = 1.44269504088896340736;
+
 template <class F>
-struct Exp2Constants;
+struct Exp2;
 template <>
-struct Exp2Constants<float> {  // (2^f - 1) / f on [-1/2, 1/2], relative error of 2^f 2.0e-9 (minimax fit)
+struct Exp2<float> {  // (2^f - 1) / f on [-1/2, 1/2], relative error of 2^f 9.1e-8 (minimax fit)
   static constexpr int kMantissa = 23, kBias = 127;
-  static constexpr float kPoly[] = {0x1.62e430af276fcp-1f, 0x1.ebfbdc3c2f1f9p-3f, 0x1.c6aee88e0e0cap-5f,
-                                    0x1.3b2d4cf2365aep-7f, 0x1.5f3e5336b2764p-10f, 0x1.41fbbc250547bp-13f};
+  static constexpr float kRound = 0x1.8p23f + kBias;  // adding it leaves round(t) + bias in the low bits
+  static constexpr float kPoly[] = {0x1.62e4292034dfep-1f, 0x1.ebf9bb89e265cp-3f, 0x1.c6b752e06b43ep-5f,
+                                    0x1.3cea878f1e11bp-7f, 0x1.5bba13e572f72p-10f};
 };
 template <>
-struct Exp2Constants<double> {  // the Taylor series, ln(2)^k / k!, relative error below 1e-17
+struct Exp2<double> {  // the Taylor series, ln(2)^k / k!, relative error below 1e-17
   static constexpr int kMantissa = 52, kBias = 1023;
+  static constexpr double kRound = 0x1.8p52 + kBias;
   static constexpr double kPoly[] = {
       6.931471805599453094e-01, 2.402265069591007123e-01, 5.550410866482157995e-02, 9.618129107628477162e-03,
       1.333355814642844342e-03, 1.540353039338160995e-04, 1.525273380405984028e-05, 1.321548679014430949e-06,
@@ -212,41 +240,68 @@ struct Exp2Constants<double> {  // the Taylor series, ln(2)^k / k!, relative err
       1.369148885390412888e-12};
 };
 
-// 2^t as scale * (1 + fraction), scale a power of two. Below the normal range, and for t = -inf, scale is exactly zero.
+// 2^f - 1 for f in [-1/2, 1/2].
 template <class F>
-struct Exp2Parts {
-  Vec<F> scale, fraction;
+inline Vec<F> exp2_fraction(Vec<F> f) {
+  constexpr int n = sizeof(Exp2<F>::kPoly) / sizeof(F);
+  Vec<F> p = broadcast<F>(Exp2<F>::kPoly[n - 1]);
+  for (int i = n - 2; i >= 0; --i) p = p * f + Exp2<F>::kPoly[i];
+  return p * f;
+}
+// 2^n from kRound + n; exactly zero for n = -bias.
+template <class F>
+inline Vec<F> exp2_scale(Vec<F> rounded) {
+  return (Vec<F>)((Int<F>)rounded << Exp2<F>::kMantissa);
+}
+
+// e^(scale z - value): exponentials of one row around a centre near its maximum. In powers of two the centre is an
+// integer M, so that z rate = n + f needs one fused multiply-add for n and one for f, and f keeps all its digits at any
+// |z| where M + kRound is exact. Below the normal range, and for z = -inf, the result is exactly zero.
+template <class F>
+struct Centre {
+  F rate, round, floor;
+  double value;  // what the exponentials are relative to, in units of scale z
+  bool exact;    // false: the row is too far out; subtract its maximum first
+
+  Centre(F max, F scale) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+    constexpr double kFar = 1 << 20;
+#else
+    constexpr double kFar = 32;  // z rate is rounded before n is taken away
+#endif
+    rate = F(scale * kLog2E);
+    const double M = std::nearbyint(double(max) * rate);
+    round = F(Exp2<F>::kRound - M);
+    floor = F((M - Exp2<F>::kBias) / rate);
+    value = M * (double(scale) / rate);
+    exact = std::abs(M) <= kFar;
+  }
+
+  struct Parts {
+    Vec<F> rounded, f;
+  };
+  Parts split(Vec<F> z) const {
+    z = max(broadcast(floor), z);  // keeps a NaN
+    const Vec<F> rounded = z * rate + round;
+    return {rounded, z * rate - (rounded - round)};
+  }
+  // t with 2^t the exponential.
+  Vec<F> log2(const Parts& p) const { return (p.rounded - Exp2<F>::kRound) + p.f; }
+  static Vec<F> exp(const Parts& p) {
+    const Vec<F> s = exp2_scale<F>(p.rounded);
+    return exp2_fraction<F>(p.f) * s + s;
+  }
 };
-template <class F>
-inline Exp2Parts<F> exp2_parts(Vec<F> t) {
-  using K = Exp2Constants<F>;
-  constexpr F kRound = F(1.5) * F(int64_t(1) << K::kMantissa) + K::kBias;  // adding it rounds t into the low bits
-  t = max(broadcast<F>(-K::kBias), t);                                     // keeps a NaN
-  const Vec<F> shifted = t + kRound;
-  const Vec<F> f = t - (shifted - kRound);
-  constexpr int n = sizeof(K::kPoly) / sizeof(F);
-  Vec<F> p = broadcast<F>(K::kPoly[n - 1]);
-  for (int i = n - 2; i >= 0; --i) p = p * f + K::kPoly[i];
-  return {(Vec<F>)((Int<F>)shifted << K::kMantissa), p * f};
-}
-
-constexpr double kLog2E = 1.44269504088896340736;
-
-template <class F>
-inline Vec<F> exp2(Vec<F> t) {
-  const Exp2Parts<F> e = exp2_parts<F>(t);
-  return e.fraction * e.scale + e.scale;
-}
 
 // tanh(x) = m / (m + 2) with m = e^(2x) - 1, which keeps its digits near zero; saturated where tanh rounds to one.
 template <class F>
 inline Vec<F> tanh(Vec<F> x) {
   const F bound = sizeof(F) == 4 ? 10 : 20;
   const Vec<F> y = x < bound ? (x > -bound ? x : broadcast<F>(-bound)) : broadcast<F>(bound);
-  const Exp2Parts<F> e = exp2_parts<F>(y * F(2 * kLog2E));
-  const Vec<F> m = e.fraction * e.scale + (e.scale - 1);
-  const Vec<F> t = m / (m + 2);
-  return x != x ? x : t;
+  const auto p = Centre<F>(0, 2).split(y);
+  const Vec<F> s = exp2_scale<F>(p.rounded);
+  const Vec<F> m = exp2_fraction<F>(p.f) * s + (s - 1);
+  return x != x ? x : m / (m + 2);
 }
 
 }  // namespace FASTLOSS_ISA

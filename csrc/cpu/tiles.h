@@ -1,8 +1,6 @@
-// Loops over one tile: a few kilobytes of one row, in L1, as F (float or double), padded to whole vectors.
-// z is the tile, m the row's running maximum, `scale` multiplies z - m (logit_scale, when no softcap was applied).
+// Loops over one tile: a few thousand columns of one row. A tile comes either straight from memory, in the dtype of the
+// logits (E), in whole vectors; or from a buffer of F (float or double), padded to whole vectors.
 #pragma once
-
-#include <cmath>
 
 #include "../row_loss.h"
 #include "simd.h"
@@ -11,6 +9,8 @@ namespace fastloss {
 inline namespace FASTLOSS_ISA {
 
 constexpr int64_t kTile = 2048;
+// The hardware's prefetcher stops at every page and a row of float16 outruns it: ask this many bytes ahead.
+constexpr int kAhead = 4096;
 
 template <class F>
 inline int64_t padded(int64_t n) {
@@ -34,9 +34,9 @@ inline void read_tile(const void* src, DType dtype, int64_t n, F fill, F* buf) {
   });
 }
 
-// Writes n elements; `streaming` bypasses the caches over the part of dst aligned to its cache lines.
+// Writes n elements k g; `streaming` bypasses the caches over the part of dst aligned to its vectors.
 template <class F>
-inline void write_tile(const F* g, void* dst, DType dtype, int64_t n, bool streaming) {
+inline void write_tile(const F* g, F k, void* dst, DType dtype, int64_t n, bool streaming) {
   visit<F>(dtype, [&](auto element) {
     using E = decltype(element);
     using T = typename E::Storage;
@@ -45,16 +45,16 @@ inline void write_tile(const F* g, void* dst, DType dtype, int64_t n, bool strea
     const auto put = [&](int64_t i, int64_t count) {  // fewer lanes than a vector
       F in[kLanes<F>] = {};
       std::memcpy(in, g + i, size_t(count) * sizeof(F));
-      const auto v = E::put(load(in));
+      const auto v = E::put(load(in) * k);
       std::memcpy(p + i, &v, size_t(count) * sizeof(T));
     };
     int64_t i = 0;
     if (streaming && n >= kLanes<F>) {
-      const int64_t head = (-reinterpret_cast<uintptr_t>(p) % kBytes) / sizeof(T);
+      const int64_t head = int64_t((-reinterpret_cast<uintptr_t>(p) % kBytes) / sizeof(T));
       if (head) put(0, head);
-      for (i = head; i + kLanes<F> <= n; i += kLanes<F>) stream(p + i, E::put(load(g + i)));
+      for (i = head; i + kLanes<F> <= n; i += kLanes<F>) stream(p + i, E::put(load(g + i) * k));
     } else {
-      for (; i + kLanes<F> <= n; i += kLanes<F>) store(p + i, E::put(load(g + i)));
+      for (; i + kLanes<F> <= n; i += kLanes<F>) store(p + i, E::put(load(g + i) * k));
     }
     if (i < n) put(i, n - i);
   });
@@ -68,38 +68,54 @@ inline void softcap_tile(F* z, int64_t n, F cap, F logit_scale) {
 }
 
 template <class F>
-inline F tile_max(const F* z, int64_t n) {
+inline void subtract_tile(F* z, int64_t n, F m) {
+  for (int64_t i = 0; i < n; i += kLanes<F>) store(z + i, load(z + i) - m);
+}
+
+template <class E, class F, class T>
+inline F tile_max(const T* z, int64_t n) {
   constexpr int L = kLanes<F>;
   Vec<F> m[4];
   for (auto& v : m) v = broadcast<F>(-INFINITY);
   int64_t i = 0;
   for (; i + 4 * L <= n; i += 4 * L)
-    for (int k = 0; k < 4; ++k) m[k] = max(load(z + i + k * L), m[k]);
-  for (; i < n; i += L) m[0] = max(load(z + i), m[0]);
+    for (int k = 0; k < 4; ++k) m[k] = max(E::get(z + i + k * L), m[k]);
+  for (; i < n; i += L) m[0] = max(E::get(z + i), m[0]);
   return max_lanes<F>(max(max(m[0], m[1]), max(m[2], m[3])));
 }
 
-// sum e^(scale (z - m)), and with Moment sum e^(..) scale (z - m). The exponentials are kept in e unless it is null.
-template <bool Moment, class F>
-inline void tile_exp(const F* z, int64_t n, F m, F scale, F* e, RowState<double>& state) {
+template <class F>
+struct ExpSums {
+  F max;          // of z
+  double sum;     // sum e^(scale z - centre)
+  double moment;  // sum e^(..) (scale z - centre)
+};
+
+// The exponentials of a tile around a centre, kept in e if Keep, and their sums.
+template <bool Moment, bool Keep, class E, class F, class T>
+inline ExpSums<F> tile_exp(const T* z, int64_t n, const Centre<F>& centre, F* e) {
   constexpr int L = kLanes<F>;
-  Vec<F> sum[2] = {}, moment = {};
-  const F rate = scale * F(kLog2E);
-  const auto step = [&](int64_t i, Vec<F>& s) {
-    const Vec<F> d = load(z + i) - m;
-    const Vec<F> v = exp2<F>(d * rate);
-    s += v;
-    if constexpr (Moment) moment += v > 0 ? v * d : Vec<F>{};
-    if (e) store(e + i, v);
+  Vec<F> sum[2] = {}, moment = {}, top[2] = {broadcast<F>(-INFINITY), broadcast<F>(-INFINITY)};
+  const auto step = [&](int64_t i, int k) {
+    const Vec<F> v = E::get(z + i);
+    const auto parts = centre.split(v);
+    const Vec<F> x = centre.exp(parts);
+    top[k] = max(v, top[k]);
+    sum[k] += x;
+    if constexpr (Moment) moment += x * centre.log2(parts);
+    if constexpr (Keep) store(e + i, x);
   };
   int64_t i = 0;
-  for (; i + 2 * L <= n; i += 2 * L) step(i, sum[0]), step(i + L, sum[1]);
-  if (i < n) step(i, sum[0]);
-  state.sum = sum_lanes<F>(sum[0]) + double(sum_lanes<F>(sum[1]));
-  state.moment = Moment ? sum_lanes<F>(moment) * double(scale) : 0;
+  for (; i + 2 * L <= n; i += 2 * L) {
+    for (int b = 0; b < 2 * L * int(sizeof(T)); b += 64) prefetch(reinterpret_cast<const char*>(z + i) + kAhead + b);
+    step(i, 0), step(i + L, 1);
+  }
+  if (i < n) step(i, 0);
+  return {max_lanes<F>(max(top[0], top[1])), sum_lanes<F>(sum[0]) + double(sum_lanes<F>(sum[1])),
+          sum_lanes<F>(moment) / kLog2E};
 }
 
-// The weights of a tile: an array, or one everywhere (zero in the padding).
+// The weights of a tile of n columns: an array padded with zeros, or one everywhere.
 template <class F>
 struct TileWeights {
   const F* w;
@@ -112,17 +128,20 @@ struct TileWeights {
   }
 };
 
-// sum w scale (z - m) and sum w.
 template <class F>
-inline void tile_plain(const F* z, int64_t n, F m, F scale, TileWeights<F> weights, RowState<double>& state) {
+struct PlainSums {
+  double plain, mass;  // sum w (scale z - m) and sum w
+};
+
+template <class E, class F, class T>
+inline PlainSums<F> tile_plain(const T* z, int64_t n, F m, F scale, TileWeights<F> weights) {
   Vec<F> plain = {}, mass = {};
   for (int64_t i = 0; i < n; i += kLanes<F>) {
     const Vec<F> w = weights.at(i);
-    plain += w == 0 ? Vec<F>{} : w * (load(z + i) - m);
+    plain += w == 0 ? Vec<F>{} : w * (E::get(z + i) * scale - m);
     mass += w;
   }
-  state.plain = sum_lanes<F>(plain) * double(scale);
-  state.mass = sum_lanes<F>(mass);
+  return {sum_lanes<F>(plain), sum_lanes<F>(mass)};
 }
 
 // q' = w ((1 - eps) q + eps / V): the smoothed, weighted class probabilities, in place.
@@ -136,25 +155,43 @@ inline void smooth_probs_tile(F* q, int64_t n, const F* w, F eps, int64_t V) {
   }
 }
 
-// One tile of the gradient, without the target's own entry. `in` holds exponentials that `k` turns into probabilities
-// (ExpKept), or z / scale, from which they are computed; cap > 0 multiplies by phi' = 1 - (z / cap)^2. Here m is the
-// maximum of z itself, scale included: z - m in one fused operation.
-template <bool ExpKept, class F>
-inline void gradient_tile(const F* in, F* out, int64_t n, F m, F scale, F k, const Coefficients<F>& c, const F* w,
-                          const F* q, F cap) {
-  constexpr int L = kLanes<F>;
-  if (ExpKept && c.C == 0 && c.Q == 0) {  // plain cross-entropy: one multiplication
-    const F Ak = c.A * k;
-    for (int64_t i = 0; i < n; i += L) store(out + i, load(in + i) * Ak);
-    return;
+// The column of the first z equal to top.
+template <class E, class F, class T>
+inline int64_t first_equal(const T* z, int64_t n, F top) {
+  for (int64_t i = 0; i < n; i += kLanes<F>) {
+    F lanes[kLanes<F>];
+    store(lanes, E::get(z + i));
+    for (int64_t k = 0; k < kLanes<F> && i + k < n; ++k)
+      if (lanes[k] == top) return i + k;
   }
+  return 0;
+}
+
+// What a tile of the gradient may need besides the probabilities.
+template <class F>
+struct Operands {
+  const F* w;  // class weights, or null: one
+  const F* q;  // smoothed class probabilities, or null: zero
+  F m, scale;  // r = scale z - m
+  F cap;       // > 0: phi' = 1 - (z / cap)^2, z before `shift` was taken away
+  F shift;
+};
+
+// One tile of the gradient, without the target's own entry. With ExpKept z holds exponentials already; k turns
+// exponentials into probabilities.
+template <bool ExpKept, class E, class F, class T>
+inline void gradient_tile(const T* z, F* out, int64_t n, const Centre<F>& centre, F k, const Coefficients<F>& c,
+                          const Operands<F>& o) {
   const Vec<F> one = broadcast<F>(1), zero = {};
-  for (int64_t i = 0; i < n; i += L) {
-    const Vec<F> z = load(in + i), d = z * scale - m;
-    const Vec<F> p = (ExpKept ? z : exp2<F>(d * F(kLog2E))) * k;
-    const Vec<F> r = ExpKept || c.E == 0 ? zero : (p > 0 ? d : zero);
-    Vec<F> dx = epilogue(c, p, r, w ? load(w + i) : one, q ? load(q + i) : zero);
-    if (cap > 0) dx *= 1 - (z / cap) * (z / cap);
+  for (int64_t i = 0; i < n; i += kLanes<F>) {
+    const Vec<F> v = E::get(z + i);
+    const Vec<F> p = (ExpKept ? v : centre.exp(centre.split(v))) * k;
+    const Vec<F> r = ExpKept || c.E == 0 ? zero : (p > 0 ? v * o.scale - o.m : zero);
+    Vec<F> dx = epilogue(c, p, r, o.w ? load(o.w + i) : one, o.q ? load(o.q + i) : zero);
+    if (o.cap > 0) {
+      const Vec<F> ratio = (v + o.shift) / o.cap;
+      dx *= 1 - ratio * ratio;
+    }
     store(out + i, dx);
   }
 }

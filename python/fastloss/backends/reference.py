@@ -80,7 +80,7 @@ def _dot(w: Tensor, log_p: Tensor) -> Tensor:
 def row_loss(
     input: Tensor, target: Tensor, weight: Tensor | None, spec: Spec, extras: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss (N,), stats (5, N): max, log_sum, log_prob, mass, entropy, argmax (N,) or empty)."""
+    """(loss (N,), stats (5, N): centre, log_sum, log_prob, mass, entropy, argmax (N,) or empty)."""
     result = row_result(input, target, weight, spec)
     z = transform(input, spec)
     top = z.amax(-1) if z.shape[-1] else result.lse
