@@ -20,6 +20,9 @@ COMPUTE_DTYPE = {
 
 def as_rows(input: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
     """Views (or, for strided classes, copies) of the logits as (N, V) and of the target as (N,) or (N, V)."""
+    if target.dtype is torch.int64 and input.dim() == 2 and target.dim() == 1 and input.dtype in COMPUTE_DTYPE:
+        if input.shape[0] == target.shape[0]:  # what nearly every call is, and small ones must be quick
+            return input, target
     if input.dtype not in COMPUTE_DTYPE:
         raise NotImplementedError(f"input: expected float32, bfloat16, float16 or float64 logits, got {input.dtype}")
     if input.shape == target.shape:
@@ -125,6 +128,8 @@ def check_inplace(input: Tensor, rows: Tensor) -> None:
 
 def loss_dtype(input: Tensor, target: Tensor, weight: Tensor | None, out_dtype: torch.dtype | None) -> torch.dtype:
     """torch's result dtype: that of the input, float32 under autocast, promoted by class probabilities."""
+    if out_dtype is None and input.dtype is torch.float32 and target.dtype is torch.int64:
+        return torch.float32
     if out_dtype is not None:
         if not out_dtype.is_floating_point:
             raise TypeError(f"out_dtype: expected a floating point dtype, got {out_dtype}")

@@ -14,6 +14,8 @@ from .backends import reference
 from .reduction import reduce_rows, valid_rows
 from .spec import REDUCTIONS, Spec, make_spec
 
+_forward_ad = torch.autograd.forward_ad
+_grad_enabled = torch.is_grad_enabled
 _transforming = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 
 
@@ -116,9 +118,9 @@ def cross_entropy(
         reduction = _legacy.legacy_get_string(size_average, reduce)
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: {reduction!r} is not a valid value for reduction ('none', 'mean' or 'sum')")
-    for name, value in (("input", input), ("target", target)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"cross_entropy(): argument '{name}' must be Tensor, not {type(value).__name__}")
+    if not (isinstance(input, Tensor) and isinstance(target, Tensor)):
+        name, value = ("target", target) if isinstance(input, Tensor) else ("input", input)
+        raise TypeError(f"cross_entropy(): argument '{name}' must be Tensor, not {type(value).__name__}")
     if input.device != target.device:
         raise RuntimeError(f"target: expected a tensor on {input.device} like input, got one on {target.device}")
     spec = make_spec(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
@@ -155,11 +157,12 @@ def _row_shape(input: Tensor, target: Tensor) -> torch.Size:
 
 def _needs_reference(target: Tensor, weight: Tensor | None, *vectors: Tensor | None) -> bool:
     """Transforms of torch.func, forward-mode AD, and gradients of targets, weights or denominators."""
-    if _transforming() or torch.autograd.forward_ad._current_level >= 0:
+    if _transforming() or _forward_ad._current_level >= 0:
         return True
-    return torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (target, weight, *vectors)
-    )
+    for t in (target, weight, *vectors):
+        if t is not None and t.requires_grad and _grad_enabled():
+            return True
+    return False
 
 
 def _per_row(

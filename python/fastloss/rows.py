@@ -16,6 +16,7 @@ from .reduction import reduce_rows
 from .spec import Spec
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+_grad_enabled = torch.is_grad_enabled
 _is_compiling = torch.compiler.is_compiling
 _mode_depth = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 _saved_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: True)
@@ -133,31 +134,32 @@ _expected_upstream = 1.0
 
 
 class Reduced(torch.autograd.Function):
-    """(input, target, weight, token_weight, normalizer, spec, reduction, out_dtype, inplace) -> scalar loss."""
+    """(input, (target, weight, token_weight, normalizer, spec, reduction, out_dtype), compute, inplace) -> scalar loss,
+    in two arguments: autograd takes its time for each, and a small call has little of it."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, target: Tensor, *rest: Any) -> Tensor:
-        weight, token_weight, normalizer, spec, reduction, out_dtype, inplace = rest
-        ctx.call = (spec, reduction, out_dtype, inplace)
-        ctx.expected = _expected_upstream
+    def forward(ctx: Any, input: Tensor, call: tuple[Any, ...]) -> Tensor:
+        args, compute, inplace = call
         out = _overwrite(input) if inplace else None
-        backend = choose(input, target)
-        assert backend.row_loss_grad is not None
-        loss, ctx.grad = backend.row_loss_grad(
-            input, target, weight, token_weight, normalizer, spec, reduction, ctx.expected, True, out_dtype, out
-        )
-        ctx.save_for_backward(None if inplace else input, target, weight, token_weight, normalizer)
+        loss, grad = compute(input, *args, _expected_upstream, True, out)
+        ctx.state = [grad, _expected_upstream, call]
+        ctx.save_for_backward(None if inplace else input, *args[:4])
         return loss
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:
-        if torch.is_grad_enabled():
-            grad = _reduced_twice(ctx, upstream)
-        else:
-            grad, ctx.grad = ctx.grad, None  # this node must not keep it alive, or .grad would be a copy
-            if grad is None or (value := upstream.item()) != ctx.expected:
-                grad = _grad_again(ctx, grad, upstream.item())
-        return grad, None, None, None, None, None, None, None, None
+        if _grad_enabled():
+            return _reduced_twice(ctx, upstream), None
+        state = ctx.state
+        grad, expected, _ = state
+        state[0] = None  # this node must not keep it alive, or .grad would be a copy
+        if grad is None or upstream.item() != expected:
+            grad = _grad_again(ctx, grad, upstream.item())
+        return grad, None
+
+
+# Function.apply without its handling of torch.func, which never gets here.
+_apply_reduced = super(torch.autograd.Function, Reduced).apply
 
 
 def _grad_again(ctx: Any, grad: Tensor | None, upstream: float) -> Tensor:
@@ -165,30 +167,26 @@ def _grad_again(ctx: Any, grad: Tensor | None, upstream: float) -> Tensor:
     global _expected_upstream
     if upstream != 0 and upstream - upstream == 0:  # finite
         _expected_upstream = upstream
-    spec, reduction, out_dtype, inplace = ctx.call
+    _, expected, ((*_, spec, reduction, out_dtype), compute, inplace) = ctx.state
     if inplace:
         _refuse_inplace_twice(grad is None)
-        return grad.mul_(upstream / ctx.expected)
+        return grad.mul_(upstream / expected)
     try:
-        input, target, weight, token_weight, normalizer = ctx.saved_tensors
+        tensors = ctx.saved_tensors
     except RuntimeError:  # the caller changed the logits since; torch's own loss would not mind
         if grad is None:
             raise
-        return grad.mul_(upstream / ctx.expected)
-    backend = choose(input, target)
-    _, again = backend.row_loss_grad(
-        input, target, weight, token_weight, normalizer, spec, reduction, upstream, True, out_dtype, grad
-    )
-    return again
+        return grad.mul_(upstream / expected)
+    return compute(*tensors, spec, reduction, out_dtype, upstream, True, grad)[1]
 
 
 def _reduced_twice(ctx: Any, upstream: Tensor) -> Tensor:
     """The gradient as a differentiable function of the logits and of the upstream gradient (create_graph=True)."""
-    spec, reduction, _, inplace = ctx.call
+    (*_, spec, reduction, _), _, inplace = ctx.state[2]
     _refuse_inplace_twice(inplace)
-    input, target, weight, token_weight, normalizer = ctx.saved_tensors
+    input, target, weight, *vectors = ctx.saved_tensors
     loss = reference.row_result(input, target, weight, spec).loss
-    total = reduce_rows(loss, target, weight, token_weight, normalizer, spec, reduction)
+    total = reduce_rows(loss, target, weight, *vectors, spec, reduction)
     return _differentiable_grad(input, [total], [upstream])
 
 
@@ -212,11 +210,6 @@ def _refuse_inplace_twice(misused: bool) -> None:
         )
 
 
-def can_reduce(input: Tensor, target: Tensor) -> bool:
-    """Whether `Reduced` applies: eager, on a backend that has it, and nobody recomputes what the forward saves."""
-    return _eager(input) and choose(input, target).row_loss_grad is not None
-
-
 def reduced(
     input: Tensor,
     target: Tensor,
@@ -231,12 +224,12 @@ def reduced(
     """The mean or summed loss in one pass; None where only `per_row` will do."""
     if not _eager(input):
         return None
-    fused = choose(input, target).row_loss_grad
-    if fused is None:
+    compute = choose(input, target).row_loss_grad
+    if compute is None:
         return None
-    args = (input, target, weight, token_weight, normalizer, spec, reduction)
-    if not (torch.is_grad_enabled() and input.requires_grad):
-        return fused(*args, 1.0, False, out_dtype)[0]
+    args = (target, weight, token_weight, normalizer, spec, reduction, out_dtype)
+    if not (input.requires_grad and _grad_enabled()):
+        return compute(input, *args, 1.0, False)[0]
     if _saved_hooks(True) is not None:  # activation checkpointing, offloading: keep nothing of size V here
         return None
-    return Reduced.apply(*args, out_dtype, inplace)
+    return _apply_reduced(input, (args, compute, inplace))

@@ -61,16 +61,14 @@ def use_backend(name: str) -> Iterator[None]:
 def choose(input: Tensor, target: Tensor) -> Backend:
     """The first backend that does not refuse logits and targets like these."""
     key = (input.device, input.dtype, target.dtype)
-    backend = _chosen.get(key)
-    if backend is None:
-        backend = _chosen[key] = _choose(*key)
-    return backend
+    return _chosen.get(key) or _choose(*key)
 
 
 def _choose(*request: Any) -> Backend:
     reasons = refusals(*request)
     for backend in BACKENDS:
         if reasons[backend.name] is None:
+            _chosen[request] = backend
             return backend
     table = "\n".join(f"  {name}: {reason}" for name, reason in reasons.items())
     raise NotImplementedError(f"no backend runs this call:\n{table}")

@@ -18,6 +18,7 @@ except ImportError as error:  # a source tree, or a wheel built without its kern
     _import_error = str(error)
 
 _DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_num_threads = torch.get_num_threads
 _RECYCLE_BYTES = 8 << 20  # below this, malloc itself keeps memory warm
 
 if _native is not None and "FASTLOSS_ISA" in os.environ:
@@ -37,51 +38,40 @@ def refuses(device: torch.device, dtype: torch.dtype, target_dtype: torch.dtype)
 
 def empty_grad(input: Tensor) -> tuple[Tensor, bool]:
     """An uninitialised (N, V) gradient, and whether its memory is recycled (its pages exist)."""
-    N, V = input.shape
-    count = N * V
+    count = input.numel()
     if count * input.element_size() < _RECYCLE_BYTES:
-        return torch.empty((N, V), dtype=input.dtype), False
+        return (torch.empty_like(input) if input.is_contiguous() else input.new_empty(input.shape)), False
     buffer = _native.Buffer(count * input.element_size())
-    return torch.frombuffer(buffer, dtype=input.dtype, count=count).view(N, V), buffer.recycled
+    return torch.frombuffer(buffer, dtype=input.dtype, count=count).view(input.shape), buffer.recycled
 
 
 def _rows(input: Tensor, target: Tensor, weight: Tensor | None, spec: Spec) -> tuple[tuple[Any, ...], Any]:
-    """The kernels' description of the rows, and the tensors that own its memory."""
+    """The kernels' description of the rows (bindings.cpp, parse_rows), and the tensors that own its memory."""
     N, V = input.shape
     if V > 1 and input.stride(1) != 1:
         input = input.contiguous()
-    stride, code = 0, 0
-    soft = target.is_floating_point()
-    compute = COMPUTE_DTYPE[input.dtype]
+    dtype = input.dtype
+    soft = target.dtype is not torch.int64
+    stride = code = 0
     if soft:
-        if (target.dtype == torch.float64) != (compute == torch.float64) or target.dtype not in _DTYPE_CODES:
-            target = target.to(compute)
-        if V > 1 and target.stride(1) != 1:
-            target = target.contiguous()
+        target = _as_probs(target, dtype)
         stride, code = target.stride(0), _DTYPE_CODES[target.dtype]
     elif not target.is_contiguous():
         target = target.contiguous()
+    address = 0
     if weight is not None:
-        weight = weight.detach().to(compute).contiguous()
-    fields = (
-        input.data_ptr(),
-        N,
-        V,
-        input.stride(0),
-        _DTYPE_CODES[input.dtype],
-        soft,
-        target.data_ptr(),
-        stride,
-        code,
-        spec.ignore_index,
-        0 if weight is None else weight.data_ptr(),
-        spec.label_smoothing,
-        spec.z_loss,
-        spec.softcap,
-        spec.logit_scale,
-        torch.get_num_threads(),
-    )
+        weight = weight.detach().to(COMPUTE_DTYPE[dtype]).contiguous()
+        address = weight.data_ptr()
+    logits = (input.data_ptr(), N, V, input.stride(0), _DTYPE_CODES[dtype])
+    fields = (*logits, soft, target.data_ptr(), stride, code, address, *spec, _num_threads())
     return fields, (input, target, weight)
+
+
+def _as_probs(q: Tensor, dtype: torch.dtype) -> Tensor:
+    """Class probabilities in a dtype that the kernels read beside logits of `dtype`, classes contiguous."""
+    if (q.dtype == torch.float64) != (dtype == torch.float64) or q.dtype not in _DTYPE_CODES:
+        q = q.to(COMPUTE_DTYPE[dtype])
+    return q.contiguous() if q.shape[1] > 1 and q.stride(1) != 1 else q
 
 
 def row_loss(
@@ -125,9 +115,9 @@ def row_loss_grad(
     normalizer: Tensor | None,
     spec: Spec,
     reduction: str,
+    out_dtype: torch.dtype,
     upstream: float,
     need_grad: bool,
-    out_dtype: torch.dtype,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The reduced loss and, `upstream` times, its gradient: each row's while the row is in cache."""

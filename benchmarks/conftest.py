@@ -1,0 +1,49 @@
+"""pytest benchmarks --benchmark-only: fastloss.bench's table under pytest-benchmark, and its report at the end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fastloss.bench import missing
+
+if absent := missing():
+    raise pytest.UsageError(absent)
+
+from fastloss.bench.cases import Settings
+from fastloss.bench.report import Report
+
+_REPORT = pytest.StashKey[Report]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("fastloss")
+    group.addoption("--quick", action="store_true", help="small shapes, few rounds: a smoke test, no measurement")
+    group.addoption("--no-compile", action="store_true", help="leave out torch.compile")
+    group.addoption("--report-dir", default="out/bench", help="for report.json and report.png (default: out/bench)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    compiled = not config.getoption("no_compile")
+    config.stash[_REPORT] = Report(Settings.quick(compiled) if config.getoption("quick") else Settings(compiled=compiled))
+
+
+def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Module | None:
+    if file_path.name.startswith("bench_") and file_path.suffix == ".py":
+        return pytest.Module.from_parent(parent, path=file_path)
+    return None
+
+
+@pytest.fixture
+def report(request: pytest.FixtureRequest) -> Report:
+    return request.config.stash[_REPORT]
+
+
+def pytest_terminal_summary(config: pytest.Config) -> None:
+    report = config.stash[_REPORT]
+    if not (report.results or report.records or report.skipped):
+        return
+    report.show()
+    for path in report.write(Path(config.getoption("report_dir"))):
+        print(path)

@@ -1,0 +1,223 @@
+"""The measurements as tables that people read, and as JSON; the picture is plot.py's."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from ..doctor import build_facts, machine_facts
+from .cases import Settings, Target
+from .measure import COMPILE, EAGER, FASTLOSS, FIRST_TOUCH, FLOOR, FRESH_COPY, LIGER, Result
+
+_MEMORY = {FASTLOSS: "recycled", FIRST_TOUCH: "first touch"}
+
+
+@dataclass
+class Neighbours:
+    """Whether other processes ran during the measurement: then the times are noise."""
+
+    start: float = field(default_factory=time.perf_counter)
+    machine: float = field(default_factory=lambda: _busy_seconds())
+    own: float = field(default_factory=lambda: _own_seconds())
+
+    def cores(self) -> float:
+        """How many cores they kept busy, on average since the start."""
+        foreign = (_busy_seconds() - self.machine) - (_own_seconds() - self.own)
+        return max(0.0, foreign / (time.perf_counter() - self.start))
+
+
+def _busy_seconds() -> float:
+    times = psutil.cpu_times()._asdict()
+    counted_elsewhere = ("idle", "iowait", "guest", "guest_nice")
+    return sum(seconds for name, seconds in times.items() if name not in counted_elsewhere)
+
+
+def _own_seconds() -> float:
+    """Of this process and the finished processes it started."""
+    return sum(os.times()[:4])
+
+
+@dataclass
+class Report:
+    settings: Settings
+    results: list[Result] = field(default_factory=list)
+    records: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    build: dict[str, Any] = field(default_factory=build_facts)
+    machine: dict[str, Any] = field(default_factory=machine_facts)
+    neighbours: Neighbours = field(default_factory=Neighbours)
+
+    def add(self, result: Result) -> None:
+        self.results.append(result)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, as plain values."""
+        return {
+            "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "build": self.build,
+            "machine": self.machine | {"cores_busy_elsewhere": self.neighbours.cores()},
+            "settings": asdict(self.settings),
+            "cases": [result.summary() for result in self.results],
+            "records": self.records,
+            "skipped": self.skipped,
+        }
+
+    def write(self, folder: Path) -> list[Path]:
+        """report.json and, if a case was measured, report.png; returns their paths."""
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "report.json"
+        path.write_text(json.dumps(self.as_dict(), indent=1) + "\n")
+        if not self.results:
+            return [path]
+        from . import plot
+
+        plot.draw(self.results, self._headline(), folder / "report.png")
+        return [path, folder / "report.png"]
+
+    def show(self, console: Console | None = None) -> None:
+        """Prints the tables."""
+        if console is None:
+            console = Console()
+            if not console.is_terminal:
+                console.width = 160
+        console.print(f"\n{self._headline()}", highlight=False)
+        console.print(
+            f"medians of {self.settings.rounds} interleaved rounds, in ms; [green]✓[/] meets its target, [red]✗[/] does "
+            f"not; other processes kept {self.neighbours.cores():.2f} cores busy meanwhile",
+            highlight=False,
+        )
+        for work in ("forward+backward", "forward"):
+            if chosen := [result for result in self.results if result.case.work == work]:
+                console.print(f"\n{work}")
+                console.print(_case_table(work, chosen))
+        for name, rows in self.records.items():
+            console.print(f"\n{_TITLES[name]}", highlight=False)
+            console.print(_record_table(name, rows))
+        for name, reason in self._not_measured().items():
+            console.print(f"not measured: {name}: {reason}", highlight=False, markup=False)
+
+    def _headline(self) -> str:
+        b, m = self.build, self.machine
+        return (
+            f"{m['cpu']}, {m['cores']} cores, {m['memory_gib']} GiB, huge pages {m['huge_pages']}\n"
+            f"fastloss {b['fastloss']} ({b.get('isa', b['native'])}), torch {b['torch']}, Python {b['python']}, "
+            f"{m['torch_threads']} threads".replace("[", "(").replace("]", ")")
+        )
+
+    def _not_measured(self) -> dict[str, str]:
+        """Skipped cases, and baselines with their reason: named once if it is the same everywhere."""
+        reasons: dict[tuple[str, str], list[Result]] = {}
+        for result in self.results:
+            for name, reason in result.skipped.items():
+                reasons.setdefault((name, reason), []).append(result)
+        notes = {
+            name if len(where) == len(self.results) else f"{name} in {', '.join(str(r.case) for r in where)}": reason
+            for (name, reason), where in reasons.items()
+        }
+        return self.skipped | notes
+
+
+def _mark(value: float | None, target: float | None, form: str) -> str:
+    """A number, and whether it meets its target."""
+    if value is None:
+        return "-"
+    text = form.format(value)
+    if target is None:
+        return text
+    return f"{text} [green]✓[/]" if value >= target else f"{text} [red]✗[/]"
+
+
+def _ms(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    return f"{seconds * 1e3:.1f}" if seconds >= 0.01 else f"{seconds * 1e3:.2f}"
+
+
+def _case_table(work: str, results: list[Result]) -> Table:
+    backward = work == "forward+backward"
+    liger = any(LIGER in result.seconds for result in results)
+    table = Table(pad_edge=False)
+    table.add_column("case", no_wrap=True)
+    if backward:
+        table.add_column("gradient memory", no_wrap=True)
+    names = ["fastloss", "torch", "x", "compile", "x", *(["liger", "x"] if liger else []), "floor", "of floor", "GB/s"]
+    for name in [*names, *(["fresh copy"] if backward else [])]:
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("target" if backward else "target; floor is")
+    for result in results:
+        for regime in result.regimes():
+            table.add_row(*_case_row(result, regime, backward, liger))
+        table.add_section()
+    return table
+
+
+def _case_row(result: Result, regime: str, backward: bool, liger: bool) -> list[str]:
+    case, target, first = result.case, result.case.target, regime == FASTLOSS
+    pages = " huge pages" if case.environment else ""
+    name = f"{case.dtype} {case.N}x{case.V}{'' if case.loss == 'plain' else ' ' + case.loss}{pages}"
+
+    def once(text: str) -> str:
+        return text if first else ""  # the baselines are the same in both rows
+
+    row = [once(name), *([_MEMORY[regime]] if backward else []), _ms(result.median(regime))]
+    row += [once(_ms(result.median(EAGER))), _mark(result.ratio(EAGER, regime), target.eager, "{:.1f}")]
+    row += [once(_ms(result.median(COMPILE))), _mark(result.ratio(COMPILE, regime), target.compile, "{:.1f}")]
+    if liger:
+        row += [once(_ms(result.median(LIGER))), _mark(result.ratio(LIGER, regime), None, "{:.1f}")]
+    row += [once(_ms(result.median(FLOOR))), _mark(result.ratio(FLOOR, regime), target.floor, "{:.2f}")]
+    row += [f"{result.bandwidth(regime):.1f}", *([once(_ms(result.median(FRESH_COPY)))] if backward else [])]
+    note = _target(target)
+    return [*row, once(note if backward else "; ".join(part for part in (note, result.floor) if part))]
+
+
+def _target(target: Target) -> str:
+    parts = []
+    if target.eager:
+        parts.append(f"{target.eager:g}x torch")
+    if target.compile:
+        parts.append(f"{target.compile:g}x compile")
+    if target.floor:
+        parts.append(f"{target.floor:g} of floor")
+    return ", ".join(parts)
+
+
+_TITLES = {
+    "small calls": "one 8x16 call, microseconds (target: the median at most 5 more than torch, forward+backward)",
+    "peak memory": "peak memory above logits and gradient, MiB (target: O(N) bytes)",
+    "import time": "import fastloss beyond import torch (target: below 50 ms)",
+    "error": "largest absolute error against float64 (target: never above torch's)",
+}
+
+
+def _record_table(name: str, rows: list[dict[str, Any]]) -> Table:
+    table = Table(pad_edge=False)
+    for column in rows[0]:
+        table.add_column(column.replace("_", " "), justify="left" if isinstance(rows[0][column], str) else "right")
+    table.add_column("target")
+    for row in rows:
+        cells = [_cell(value, "{:.2e}" if name == "error" else "{:.2f}") for value in row.values()]
+        met = _record_met(name, row)
+        table.add_row(*cells, {None: "", True: "[green]✓[/]", False: "[red]✗[/]"}[met])
+    return table
+
+
+def _cell(value: Any, form: str) -> str:
+    return form.format(value) if isinstance(value, float) else str(value)
+
+
+def _record_met(name: str, row: dict[str, Any]) -> bool | None:
+    if name == "small calls":
+        return row["extra_us"] <= 5 if (row["work"], row["of"]) == ("forward+backward", "median") else None
+    if name == "peak memory":
+        return row["fastloss_mib"] <= 4  # buffers of O(N) and O(V) bytes, and the end of a huge page
+    if name == "import time":
+        return row["import_ms"] < 50
+    return all(row[f"fastloss_{part}"] <= row[f"torch_{part}"] for part in ("loss", "grad"))
