@@ -93,6 +93,18 @@ double row_loss_grad(const py::tuple& rows_tuple, int reduction, uintptr_t token
   return kernels(rows.input.dtype).row_loss_grad(rows, r);
 }
 
+void row_states(const py::tuple& rows_tuple, uintptr_t states) {
+  const Rows rows = parse_rows(rows_tuple);
+  const py::gil_scoped_release release;
+  kernels(rows.input.dtype).row_states(rows, reinterpret_cast<double*>(states));
+}
+
+void merge_states(uintptr_t a, uintptr_t b, uintptr_t out, int64_t N) {
+  kernels(DType::kFloat64)
+      .merge_states(reinterpret_cast<const double*>(a), reinterpret_cast<const double*>(b),
+                    reinterpret_cast<double*>(out), N);
+}
+
 // Recycled memory as a Python buffer; it goes back to the cache when the last tensor over it is gone.
 struct PyBuffer {
   Buffer buffer;
@@ -105,6 +117,8 @@ struct PyBuffer {
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "fastloss's compiled kernels; use them through fastloss.backends.native.";
+  m.def("row_states", &row_states);
+  m.def("merge_states", &merge_states);
   m.def("row_loss", &row_loss);
   m.def("row_grad", &row_grad);
   m.def("row_loss_grad", &row_loss_grad);

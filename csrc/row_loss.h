@@ -68,7 +68,8 @@ FASTLOSS_HD inline RowStats<F> finalize(const Spec& spec, const RowState<F>& s, 
     row.mass = s.mass;
     *loss = -spread;
   } else {
-    row.log_prob = (y.logit - s.centre) - row.log_sum;
+    const F log_prob = (y.logit - s.centre) - row.log_sum;
+    row.log_prob = log_prob > 0 ? F(0) : log_prob;  // rounding must not make a probability above one
     row.mass = sharp * y.weight + smooth * y.weight_sum;
     *loss = -times(sharp * y.weight, row.log_prob) - times(smooth, spread);
   }

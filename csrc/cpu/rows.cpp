@@ -95,6 +95,7 @@ class Row {
       state = {};
       try_reduce<Moment, Keep>(i, argmax, state);
     }
+    if (state.sum > 0 && std::isfinite(peak_.logit)) sharpen_peak(state);
     state.centre += shift_ * double(scale_);
     return state;
   }
@@ -151,13 +152,19 @@ class Row {
   const int64_t V_;
   const F cap_, scale_;
 
-  F shift_ = 0;  // taken from a row's logits before anything else when they are too large for Centre's arithmetic
+  struct Peak {
+    F logit;
+    Centre<F> centre;
+  };
+  Peak peak_{-INFINITY, Centre<F>(0, 1)};  // the row's largest logit, and what its exponential was relative to
+  F shift_ = 0;                            // taken from a row's logits before anything else when they are too large for Centre's arithmetic
 
   // False where the row must be shifted first.
   template <bool Moment, bool Keep>
   bool try_reduce(int64_t i, int64_t* argmax, RowState<double>& state) {
     Centre<F> centre(0, scale_);
-    F m = -INFINITY, best = -INFINITY;
+    F m = -INFINITY;
+    peak_ = {-INFINITY, centre};
     if (argmax) *argmax = 0;
     const bool keep_z = Keep && cap_ > 0;
     bool near = true;
@@ -166,8 +173,8 @@ class Row {
       with_logits(i, j, n, keep_z ? ws_.row + j : ws_.tile, [&](auto element, const auto* z, int64_t np) {
         using E = decltype(element);
         const auto sums_around = [&](F top) {
-          if (top > -INFINITY) centre = Centre<F>(m = top, scale_);
-          near = near && (centre.exact || shift_ != 0);
+          if (top > -INFINITY) centre = Centre<F>(shift_ == 0 ? top : F(0), scale_), m = top;
+          near = near && centre.exact;
           if constexpr (Keep)
             if (!keep_z) return tile_exp<Moment, true, E>(z, np, centre, ws_.row + j);
           return tile_exp<Moment, false, E>(z, np, centre, static_cast<F*>(nullptr));
@@ -176,7 +183,10 @@ class Row {
         ExpSums<F> sums = sums_around(m == -INFINITY ? tile_max<E, F>(z, std::min(np, kGlance)) : -INFINITY);
         const double limit = m == -INFINITY ? -INFINITY : centre.value + kSlack;
         if (double(sums.max) * scale_ > limit) sums = sums_around(sums.max);
-        if (argmax && sums.max > best) *argmax = j + first_equal<E>(z, n, best = sums.max);
+        if (sums.max > peak_.logit) {
+          peak_ = {sums.max, centre};
+          if (argmax) *argmax = j + first_equal<E>(z, n, sums.max);
+        }
         RowState<double> part{m > -INFINITY ? centre.value : -INFINITY, sums.sum, sums.moment};
         if (spec_.soft || spec_.label_smoothing > 0) {
           const F at = F(centre.value);
@@ -189,6 +199,17 @@ class Row {
       });
     });
     return near;
+  }
+
+  // The largest exponential in double instead of as the vector code rounded it: where one class has nearly all the
+  // probability, the loss is what is left of one, and has as many digits as that exponential.
+  void sharpen_peak(RowState<double>& state) const {
+    const auto parts = peak_.centre.split(broadcast(peak_.logit));
+    const double rounded = peak_.centre.exp(parts)[0], rounded_log = peak_.centre.log2(parts)[0] / kLog2E;
+    const double exact_log = double(peak_.logit) * scale_ - state.centre, exact = std::exp(exact_log);
+    const double d = peak_.centre.value - state.centre, k = d == 0 ? 1 : std::exp(d);
+    state.sum += exact - k * rounded;
+    state.moment += exact * exact_log - k * rounded * (rounded_log + d);
   }
 
   F row_max(int64_t i) {
@@ -359,8 +380,30 @@ double row_loss_grad(const Rows& rows, const Reduced& r) {
 }
 
 template <class F>
+void row_states(const Rows& rows, double* states) {
+  const ClassWeights<F> weights(rows);
+  parallel_for(rows.input.rows, rows.input.cols, rows.threads, [&](int64_t begin, int64_t end) {
+    Row<F> row(rows, weights, Workspace<F>::get(rows.input.cols));
+    for (int64_t i = begin; i < end; ++i) {
+      const RowState<double> s = row.template reduce<true, false>(i);
+      const double fields[kStates] = {s.centre, s.sum, s.moment, s.plain, s.mass};
+      std::copy(fields, fields + kStates, states + i * kStates);
+    }
+  });
+}
+
+void merge_states(const double* a, const double* b, double* out, int64_t N) {
+  const auto state = [](const double* p) { return RowState<double>{p[0], p[1], p[2], p[3], p[4]}; };
+  for (int64_t i = 0; i < N * kStates; i += kStates) {
+    const RowState<double> s = merge(state(a + i), state(b + i));
+    const double fields[kStates] = {s.centre, s.sum, s.moment, s.plain, s.mass};
+    std::copy(fields, fields + kStates, out + i);
+  }
+}
+
+template <class F>
 constexpr Kernels kernels_in() {
-  return {FASTLOSS_ISA_NAME, row_loss<F>, row_grad<F>, row_loss_grad<F>};
+  return {FASTLOSS_ISA_NAME, row_states<F>, merge_states, row_loss<F>, row_grad<F>, row_loss_grad<F>};
 }
 
 }  // namespace

@@ -41,10 +41,15 @@ struct Reduced {
   bool streaming = false;  // write the gradient past the caches
 };
 
-// A kernel table: `..._loss` statistics and losses; `..._grad` the gradient from them; `..._loss_grad` both at once,
+// RowState<double> as numbers: centre, sum, moment, plain, mass.
+constexpr int kStates = 5;
+
+// A kernel table: `..._states` what each row's part of the vocabulary contributes, for `merge_states`; `..._loss` statistics and losses; `..._grad` the gradient from them; `..._loss_grad` both at once,
 // each row's gradient while the row is in cache, which returns the reduced loss.
 struct Kernels {
   const char* isa;
+  void (*row_states)(const Rows&, double* states);  // (N, kStates)
+  void (*merge_states)(const double* a, const double* b, double* out, int64_t N);
   void (*row_loss)(const Rows&, const RowOutputs&);
   void (*row_grad)(const Rows&, const void* stats, const Vector upstream[4], const Matrix& grad);
   double (*row_loss_grad)(const Rows&, const Reduced&);

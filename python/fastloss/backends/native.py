@@ -74,6 +74,23 @@ def _as_probs(q: Tensor, dtype: torch.dtype) -> Tensor:
     return q.contiguous() if q.shape[1] > 1 and q.stride(1) != 1 else q
 
 
+def row_states(input: Tensor, target: Tensor, weight: Tensor | None, spec: Spec) -> Tensor:
+    """(N, 5) float64: the state of each row over this part of the vocabulary (csrc/row_state.h)."""
+    rows, owners = _rows(input, target, weight, spec)
+    states = torch.empty((input.shape[0], 5), dtype=torch.float64)
+    _native.row_states(rows, states.data_ptr())
+    del owners
+    return states
+
+
+def merge_states(a: Tensor, b: Tensor) -> Tensor:
+    """The states of the union of two disjoint parts of the vocabulary."""
+    a, b = a.contiguous(), b.contiguous()
+    out = torch.empty_like(a)
+    _native.merge_states(a.data_ptr(), b.data_ptr(), out.data_ptr(), a.shape[0])
+    return out
+
+
 def row_loss(
     input: Tensor, target: Tensor, weight: Tensor | None, spec: Spec, extras: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
