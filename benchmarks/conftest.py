@@ -26,7 +26,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     compiled = not config.getoption("no_compile")
-    config.stash[_REPORT] = Report(Settings.quick(compiled) if config.getoption("quick") else Settings(compiled=compiled))
+    settings = Settings.quick(compiled) if config.getoption("quick") else Settings(compiled=compiled)
+    config.stash[_REPORT] = Report(settings)
 
 
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Module | None:

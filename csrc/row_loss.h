@@ -94,7 +94,7 @@ FASTLOSS_HD inline Coefficients<F> coefficients(const Spec& spec, const RowStats
   } else {
     c.A -= g.log_prob;
     c.B = g.loss * (1 - F(spec.label_smoothing)) * target_weight - g.log_prob;
-    c.C = g.loss * F(spec.label_smoothing) / F(V);
+    c.C = times(F(spec.label_smoothing) / F(V), g.loss);
   }
   return c;
 }

@@ -135,21 +135,25 @@ def parse_options() -> argparse.Namespace:
         description="Train one small language model twice, with torch's cross-entropy and with fastloss's.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--text", type=Path, help="a text file to train on (default: Python's standard library)")
-    parser.add_argument("--steps", type=_positive_int, default=250, help="training steps of each run")
-    parser.add_argument("--batch", type=_positive_int, default=8, help="sequences per step")
-    parser.add_argument("--context", type=_positive_int, default=128, help="tokens per sequence")
-    parser.add_argument("--vocab", type=_positive_int, default=32000, help="entries of the tokenizer, at least 512")
-    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the report")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=_positive_int, default=torch.get_num_threads(), help="of torch and of fastloss")
+    add, threads = parser.add_argument, torch.get_num_threads()
+    add("--text", type=Path, help="a text file to train on; without it, Python's standard library")
+    add("--steps", type=_at_least(1), default=200, help="training steps of each run")
+    add("--batch", type=_at_least(1), default=8, help="sequences per step")
+    add("--context", type=_at_least(1), default=128, help="tokens per sequence")
+    add("--vocab", type=_at_least(257), default=32000, help="entries of the tokenizer: bytes, pairs and an end mark")
+    add("--out", type=Path, default=Path("out"), help="folder for the report")
+    add("--seed", type=int, default=0, help="of the weights, the batches and the validation split")
+    add("--threads", type=_at_least(1), default=threads, help="CPU threads of each run")
     return parser.parse_args()
 
 
-def _positive_int(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {value}")
-    return value
+def _at_least(minimum: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"expected a whole number of at least {minimum}, got {text!r}")
+        return int(text)
+
+    return number
 
 
 def main() -> None:

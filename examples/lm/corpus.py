@@ -24,10 +24,10 @@ class UnusableText(Exception):
 
 def prepare(options: argparse.Namespace) -> Path:
     """Reads the text, trains the tokenizer on its training part, and saves the tokens; returns their file."""
-    console = Console(stderr=True)
+    console = Console(highlight=False, soft_wrap=True)
     train, validation, source = _standard_library(options.seed) if options.text is None else _one_text(options.text)
     size = sum(len(text.encode()) for text in train + validation) / 1e6
-    console.print(f"Text        {source}, {size:.1f} MB", highlight=False)
+    console.print(f"Text        {source}, {size:.1f} MB")
 
     began = time.perf_counter()
     tokenizer = train_tokenizer(train, options.vocab)
@@ -36,11 +36,11 @@ def prepare(options: argparse.Namespace) -> Path:
     for part, ids in tokens.items():
         if len(ids) <= options.context:
             raise UnusableText(
-                f"{source} is too short: its {part} part is {len(ids)} tokens and one sequence takes "
-                f"{options.context + 1}. Give a longer text (about a megabyte is a good start) or a smaller --context."
+                f"{source} is too short: its {part} part has {len(ids)} tokens, and a single sequence takes "
+                f"{options.context + 1}. Give a longer text (a megabyte is a good start) or a smaller --context"
             )
     elapsed = time.perf_counter() - began
-    console.print(f"Tokenizer   {vocab:,} byte pairs, {count:,} tokens, {elapsed:.1f} s", highlight=False)
+    console.print(f"Tokenizer   {vocab:,} byte pairs, {count:,} tokens, {elapsed:.1f} s")
 
     tokenizer.save(str(options.out / "tokenizer.json"))
     path = options.out / "tokens.pt"
@@ -75,7 +75,7 @@ def _standard_library(seed: int) -> tuple[list[str], list[str], str]:
     paths = [path for path in sorted(root.rglob("*.py")) if not _SKIPPED.intersection(path.relative_to(root).parts)]
     if len(paths) < 100:
         raise UnusableText(
-            f"this Python has no readable standard library ({len(paths)} modules found). Give a text with --text PATH."
+            f"only {len(paths)} modules of Python's standard library have their source here: give a text with --text"
         )
     texts = [path.read_text(encoding="utf-8", errors="replace") for path in paths]
     random.Random(seed).shuffle(texts)
@@ -89,6 +89,6 @@ def _one_text(path: Path) -> tuple[list[str], list[str], str]:
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
-        raise UnusableText(f"cannot read the text {path}: {error.strerror}. Give a text file with --text PATH.") from None
+        raise UnusableText(f"cannot read the text {path} ({error.strerror}): give a text file's path") from None
     cut = round((1 - VALIDATION) * len(text))
     return [text[:cut]], [text[cut:]], str(path)

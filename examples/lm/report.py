@@ -15,6 +15,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 from rich.table import Table
 
@@ -30,7 +31,7 @@ def show(runs: dict[str, Run], options: argparse.Namespace) -> None:
     summary = {loss: summarize(run) for loss, run in runs.items()}
     difference = curve_difference(runs)
     _print_table(summary, difference)
-    _plot(runs, summary, options.out / "report.png")
+    _plot(runs, summary, options)
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
     report = {
         "options": settings,
@@ -39,7 +40,7 @@ def show(runs: dict[str, Run], options: argparse.Namespace) -> None:
         "runs": {loss: run._asdict() for loss, run in runs.items()},
     }
     (options.out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-    Console(stderr=True).print(f"Written     {options.out / 'report.png'}, {options.out / 'report.json'}")
+    Console(highlight=False, soft_wrap=True).print(f"Written to {options.out}: report.png, report.json, tokenizer.json")
 
 
 def summarize(run: Run) -> dict[str, float]:
@@ -64,22 +65,22 @@ def _print_table(summary: dict[str, dict[str, float]], difference: float) -> Non
     table = Table(title="One model, one seed, two losses", title_style="bold")
     table.add_column()
     for loss in LOSSES:
-        table.add_column(NAMES[loss], justify="right", style=COLORS[loss])
-    table.add_column("with fastloss", justify="right", style="bold")
+        table.add_column(loss, justify="right", style=COLORS[loss])
+    table.add_column("fastloss is", justify="right", style="bold")
 
     def row(label: str, key: str, form: str, verdict: Callable[[float, float], str] | None = None) -> None:
         torch, fastloss = (summary[loss][key] for loss in LOSSES)
         table.add_row(label, f"{torch:{form}}", f"{fastloss:{form}}", verdict(torch, fastloss) if verdict else "")
 
-    row(f"Training loss (mean of the last {FINAL} steps)", "train_loss", ".4f")
+    row(f"Training loss, last {FINAL} steps", "train_loss", ".4f")
     row("Validation loss", "validation_loss", ".4f")
     row("Validation perplexity", "perplexity", ",.1f")
-    table.add_row("Largest difference between the curves", "", "", f"{difference:.1e}", end_section=True)
+    table.add_row("Largest gap of the two curves", "", "", f"{difference:.1e} nats", end_section=True)
     row("Loss layer, ms per step (median)", "loss_ms", ",.1f", _speed)
     row("Whole step, ms (median)", "step_ms", ",.1f", _speed)
     row("All steps, s", "total_s", ",.1f", _speed)
     table.add_section()
-    row("Peak memory of the process, MB", "peak_mb", ",.0f", lambda torch, fastloss: f"{fastloss - torch:+,.0f} MB")
+    row("Peak memory of the process, MB", "peak_mb", ",.0f", _size)
     Console().print(table)
 
 
@@ -87,10 +88,20 @@ def _speed(torch: float, fastloss: float) -> str:
     return f"{torch / fastloss:.2f}x faster" if torch >= fastloss else f"{fastloss / torch:.2f}x slower"
 
 
-def _plot(runs: dict[str, Run], summary: dict[str, dict[str, float]], path: Path) -> None:
+def _size(torch: float, fastloss: float) -> str:
+    return f"{abs(fastloss - torch):,.0f} MB {'less' if fastloss <= torch else 'more'}"
+
+
+def _plot(runs: dict[str, Run], summary: dict[str, dict[str, float]], options: argparse.Namespace) -> None:
     style = {"axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left", "font.size": 10}
     with plt.rc_context(style):
-        figure = plt.figure(figsize=(11, 6), layout="constrained")
+        figure = plt.figure(figsize=(11, 6.2), layout="constrained")
+        figure.get_layout_engine().set(w_pad=0.15, h_pad=0.1)
+        figure.suptitle(
+            f"One model trained twice: {options.steps} steps of {options.batch} x {options.context} tokens, "
+            f"{options.threads} CPU threads",
+            fontsize=12,
+        )
         grid = figure.add_gridspec(6, 2, width_ratios=(1.5, 1))
         curves = figure.add_subplot(grid[:4, 0])
         _draw_curves(curves, runs)
@@ -103,7 +114,7 @@ def _plot(runs: dict[str, Run], summary: dict[str, dict[str, float]], path: Path
         for index, (key, title, form) in enumerate(panels):
             axes = figure.add_subplot(grid[2 * index : 2 * index + 2, 1])
             _draw_bars(axes, title, {loss: summary[loss][key] for loss in LOSSES}, form)
-        figure.savefig(path, dpi=150)
+        figure.savefig(options.out / "report.png", dpi=150)
         plt.close(figure)
 
 
@@ -126,6 +137,7 @@ def _draw_difference(axes: Axes, runs: dict[str, Run]) -> None:
     axes.set_title(f"Difference of the two curves, at most {max(differences):.1e}")
     axes.set_ylim(0, max(*differences, 1e-6) * 1.15)
     axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("step")
     axes.set_ylabel("nats")
     axes.grid(alpha=0.25)

@@ -140,9 +140,10 @@ class Reduced(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, call: tuple[Any, ...]) -> Tensor:
         args, compute, inplace = call
+        expected = _expected_upstream  # once: other threads may change it meanwhile
         out = _overwrite(input) if inplace else None
-        loss, grad = compute(input, *args, _expected_upstream, True, out)
-        ctx.state = [grad, _expected_upstream, call]
+        loss, grad = compute(input, *args, expected, True, out)
+        ctx.state = [grad, expected, call]
         ctx.save_for_backward(None if inplace else input, *args[:4])
         return loss
 

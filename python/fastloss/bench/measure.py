@@ -133,7 +133,10 @@ class Race:
             step = entries[FASTLOSS]
             entries[FIRST_TOUCH] = Alternative(step.call, lambda: (step.prepare(), fastloss.empty_cache()))
         entries[EAGER] = self._step(eager, data)
-        self._try(entries, COMPILE, lambda: self._compiled(eager, data))
+        if self.settings.compiled and self.case.compiled:
+            self._try(entries, COMPILE, lambda: self._compiled(eager, data))
+        else:
+            self.skipped[COMPILE] = "left out (--no-compile or --quick)"
         self._try(entries, LIGER, lambda: self._liger(data))
         return entries
 
@@ -160,10 +163,6 @@ class Race:
             entries[name] = entry
 
     def _compiled(self, eager: Callable[..., Tensor], data: Inputs) -> Alternative:
-        if not self.settings.compiled:
-            raise RuntimeError("left out (--no-compile)")
-        if not self.case.compiled:
-            raise RuntimeError("left out (--quick)")
         torch._dynamo.reset()  # no shape of an earlier case makes this one dynamic
 
         @torch.compile(dynamic=False, fullgraph=True)

@@ -25,21 +25,28 @@ def draw(results: list[Result], headline: str, path: Path) -> None:
     """Grouped horizontal bars, a group per case, best read from the top."""
     figure = Figure(figsize=(15, 2.2 + 0.62 * len(results)), layout="constrained")
     speed, share = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
-    _bars(speed, results, list(_LABELS), lambda result, name: result.ratio(EAGER, name), "{:.1f}x")
+    measured = [name for name in _LABELS if any(name in result.seconds for result in results)]
+    _bars(speed, results, measured, lambda result, name: result.ratio(EAGER, name), "{:.1f}x")
     _bars(share, results, [FASTLOSS, FIRST_TOUCH], lambda result, name: result.ratio(FLOOR, name), "{:.2f}")
     for row, result in enumerate(results):
         _target(speed, row, result.case.target.eager)
         _target(share, row, result.case.target.floor)
-    speed.set_yticks(range(len(results)), [str(result.case) for result in results])
+    speed.set_yticks(range(len(results)), [_label(result) for result in results])
     speed.invert_yaxis()
     speed.axvline(1, color="black", linewidth=0.8)
     share.axvline(1, color="black", linewidth=0.8)
     speed.set_title("times as fast as torch eager (1 = torch)", loc="left")
-    share.set_title("share of the memory floor (1 = copying, or only reading)", loc="left")
+    share.set_title("share of the memory floor", loc="left")
     handles, labels = speed.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     figure.suptitle(headline, x=0.01, ha="left", fontsize=10)
     figure.savefig(path, dpi=110)
+
+
+def _label(result: Result) -> str:
+    case = result.case
+    pages = ", huge pages for torch" if case.environment else ""
+    return f"{case.loss}, {case.work}\n{case.dtype} {case.N}x{case.V}{pages}"
 
 
 def _bars(axes: Axes, results: list[Result], names: list[str], value: Any, form: str) -> None:
@@ -53,7 +60,7 @@ def _bars(axes: Axes, results: list[Result], names: list[str], value: Any, form:
         numbers = [number for _, number in found]
         bars = axes.barh(places, numbers, height * 0.92, color=_COLORS[name], label=_LABELS[name])
         axes.bar_label(bars, [form.format(number) for number in numbers], padding=3, fontsize=8)
-    axes.margins(x=0.12)
+    axes.margins(x=0.12, y=0.01)
 
 
 def _target(axes: Axes, row: int, target: float | None) -> None:
