@@ -6,6 +6,7 @@ import json
 import os
 import platform
 from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -178,7 +179,7 @@ def _worst(errors: dict[str, dict[str, float]]) -> str:
     return "   ".join(f"{dtype} {e['loss']:.0e} / {e['grad']:.0e}" for dtype, e in errors.items())
 
 
-def _table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+def _table(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     try:
         from rich.console import Console
         from rich.table import Table
@@ -196,7 +197,7 @@ def _table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) ->
     return None
 
 
-def _plain(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+def _plain(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     lines = [columns, *rows] if any(columns) else rows
     widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
     print(title)

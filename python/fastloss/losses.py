@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -32,6 +32,50 @@ class CrossEntropyStats(NamedTuple):
     entropy: Tensor
     argmax: Tensor
     correct: Tensor | None
+
+
+@overload
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = ...,
+    size_average: bool | None = ...,
+    ignore_index: int = ...,
+    reduce: bool | None = ...,
+    reduction: str = ...,
+    label_smoothing: float = ...,
+    *,
+    z_loss: float = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
+    token_weight: Tensor | None = ...,
+    normalizer: Tensor | float | None = ...,
+    out_dtype: torch.dtype | None = ...,
+    inplace: bool = ...,
+    return_stats: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = ...,
+    size_average: bool | None = ...,
+    ignore_index: int = ...,
+    reduce: bool | None = ...,
+    reduction: str = ...,
+    label_smoothing: float = ...,
+    *,
+    z_loss: float = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
+    token_weight: Tensor | None = ...,
+    normalizer: Tensor | float | None = ...,
+    out_dtype: torch.dtype | None = ...,
+    inplace: bool = ...,
+    return_stats: Literal[True],
+) -> tuple[Tensor, CrossEntropyStats]: ...
 
 
 def cross_entropy(
@@ -95,7 +139,7 @@ def cross_entropy(
     """
     if has_torch_function_variadic(input, target, weight):
         return handle_torch_function(
-            cross_entropy,
+            cross_entropy,  # type: ignore[arg-type]
             (input, target, weight),
             input,
             target,
@@ -180,5 +224,5 @@ def _per_row(
 def _stats(row: rows.RowLoss, y: Tensor, spec: Spec, shape: torch.Size) -> CrossEntropyStats:
     valid = valid_rows(y, spec)
     correct = None if valid is None else ((row.argmax == y) & valid).reshape(shape)
-    lse, log_prob, entropy, argmax = (t.reshape(shape) for t in row[1:])
+    lse, log_prob, entropy, argmax = (t.reshape(shape) for t in row[1:] if t is not None)
     return CrossEntropyStats(lse, log_prob, entropy, argmax, correct)

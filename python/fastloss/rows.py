@@ -170,8 +170,10 @@ def _grad_again(ctx: Any, grad: Tensor | None, upstream: float) -> Tensor:
         _expected_upstream = upstream
     _, expected, ((*_, spec, reduction, out_dtype), compute, inplace) = ctx.state
     if inplace:
-        _refuse_inplace_twice(grad is None)
-        return grad.mul_(upstream / expected)
+        if grad is None:
+            _refuse_inplace_twice(True)
+        else:
+            return grad.mul_(upstream / expected)
     try:
         tensors = ctx.saved_tensors
     except RuntimeError:  # the caller changed the logits since; torch's own loss would not mind
@@ -185,9 +187,9 @@ def _reduced_twice(ctx: Any, upstream: Tensor) -> Tensor:
     """The gradient as a differentiable function of the logits and of the upstream gradient (create_graph=True)."""
     (*_, spec, reduction, _), _, inplace = ctx.state[2]
     _refuse_inplace_twice(inplace)
-    input, target, weight, *vectors = ctx.saved_tensors
+    input, target, weight, token_weight, normalizer = ctx.saved_tensors
     loss = reference.row_result(input, target, weight, spec).loss
-    total = reduce_rows(loss, target, weight, *vectors, spec, reduction)
+    total = reduce_rows(loss, target, weight, token_weight, normalizer, spec, reduction)
     return _differentiable_grad(input, [total], [upstream])
 
 

@@ -97,4 +97,7 @@ def _status(name: str, reason: str | None, chosen: str | None) -> str:
     return "chosen" if name == chosen else f"would run, but {chosen} comes first"
 
 
-force(os.environ.get("FASTLOSS_BACKEND"))
+try:
+    force(os.environ.get("FASTLOSS_BACKEND"))
+except ValueError as error:
+    raise ValueError(f"environment variable FASTLOSS_BACKEND: {error}") from None

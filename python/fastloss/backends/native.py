@@ -22,7 +22,10 @@ _num_threads = torch.get_num_threads
 _RECYCLE_BYTES = 8 << 20  # below this, malloc itself keeps memory warm
 
 if _native is not None and "FASTLOSS_ISA" in os.environ:
-    _native.use_isa(os.environ["FASTLOSS_ISA"])
+    try:
+        _native.use_isa(os.environ["FASTLOSS_ISA"])
+    except ValueError as error:
+        raise ValueError(f"environment variable FASTLOSS_ISA: {error}") from None
 
 
 def refuses(device: torch.device, dtype: torch.dtype, target_dtype: torch.dtype) -> str | None:

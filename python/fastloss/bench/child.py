@@ -45,7 +45,7 @@ def rounds(case: dict[str, Any], rounds: int, compiled: bool) -> dict[str, Any]:
 
 def main(request: dict[str, Any]) -> None:
     torch.set_num_threads(request.pop("threads"))
-    work = {"memory": memory, "rounds": rounds}[request.pop("work")]
+    work: Any = {"memory": memory, "rounds": rounds}[request.pop("work")]
     print(json.dumps(work(**request)))
 
 

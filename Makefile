@@ -1,0 +1,71 @@
+# Everything runs in .venv, which the first command makes. `make help` lists what there is.
+PYTHON ?= python3
+TEXT ?=
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc python -name '*.cpp' -o -name '*.h' -o -name '*.py')
+SANITIZED := build/sanitize/site
+
+.PHONY: help demo test test-all sanitize lint format bench bench-quick docs wheel aarch64 clean
+
+help:  ## this list
+	@grep -hE '^[a-z0-9-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+demo: $(VENV)/.demo  ## train a small language model twice, with torch's loss and with ours (TEXT=path: on your text)
+	$(BIN)/python examples/train_lm.py $(if $(TEXT),--text "$(TEXT)")
+
+test: $(VENV)/.test  ## the tests (not the ones that need minutes or many gigabytes)
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-all: $(VENV)/.test  ## all tests
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+sanitize: $(VENV)/.test  ## the native tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(BIN)/python -m pip install -q --no-deps --upgrade --target $(SANITIZED) -C cmake.define.FASTLOSS_SANITIZE=ON \
+	  -C build-dir=build/sanitize/objects .
+	PYTHONPATH=$(SANITIZED) LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc $(BIN)/python -m pytest -q tests/test_native.py tests/test_numerics.py \
+	  -m "not slow" -k "not reference"
+
+lint: $(VENV)/.dev  ## ruff, clang-format, mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp')
+	$(BIN)/mypy
+
+format: $(VENV)/.dev  ## what lint would complain about, mended
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp')
+
+bench: $(VENV)/.test  ## the whole benchmark table: about five minutes
+	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+bench-quick: $(VENV)/.test  ## a smoke run of the benchmarks
+	$(BIN)/python -m pytest benchmarks --benchmark-only --quick
+
+docs: $(VENV)/.dev  ## the generated part of README.md
+	$(BIN)/python docs/feature_table.py README.md
+
+wheel: $(VENV)/.venv  ## a wheel in dist/
+	$(BIN)/python -m pip wheel --no-deps -w dist .
+
+aarch64:  ## compile the kernels for NEON (needs g++-aarch64-linux-gnu)
+	aarch64-linux-gnu-g++ -std=c++17 -O3 -Wall -Wextra -Werror -Wno-psabi -ffp-contract=fast -fno-math-errno \
+	  -fno-trapping-math -DFASTLOSS_ISA=baseline -DFASTLOSS_ISA_NAME='"baseline"' -fsyntax-only csrc/cpu/rows.cpp
+
+clean:  ## builds, caches and outputs; not .venv
+	rm -rf build dist out .pytest_cache .hypothesis .ruff_cache .mypy_cache
+
+$(VENV)/.venv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "fastloss needs Python 3.10 or newer; \
+	$(PYTHON) is $$($(PYTHON) --version). Name another: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	@command -v $${CXX:-g++} >/dev/null || command -v c++ >/dev/null || { echo "fastloss needs a C++ compiler to build \
+	its kernels: apt install g++, dnf install gcc-c++, or xcode-select --install" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+# One stamp per extra: installed again when a source changes.
+$(VENV)/.demo $(VENV)/.test $(VENV)/.dev: $(VENV)/.%: $(VENV)/.venv constraints.txt $(SOURCES)
+	$(BIN)/python -m pip install -q -c constraints.txt ".[$*]"
+	touch $@
