@@ -34,6 +34,15 @@ REFERENCE = loss_reference_fns["CrossEntropyLoss"]
 OP_SAMPLES, MODULE_SAMPLES = 21, 105  # in torch 2.13; fewer means that the material has moved, not that all is well
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Small tensors: where others use the cores, waiting for a second thread takes longer than all the rest."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 class Sample(NamedTuple):
     """One call: keyword arguments of the loss, and torch's reference value where its author gives one."""
 
