@@ -77,8 +77,9 @@ void row_grad(const py::tuple& rows_tuple, uintptr_t stats, const std::vector<st
   kernels(rows.input.dtype).row_grad(rows, reinterpret_cast<const void*>(stats), g, dx);
 }
 
-double row_loss_grad(const py::tuple& rows_tuple, int reduction, uintptr_t token_weight, std::optional<double> normalizer,
-                     double upstream, uintptr_t grad, int64_t grad_stride, bool streaming) {
+double row_loss_grad(const py::tuple& rows_tuple, int reduction, uintptr_t token_weight,
+                     std::optional<double> normalizer, double upstream, uintptr_t grad, int64_t grad_stride,
+                     bool streaming) {
   const Rows rows = parse_rows(rows_tuple);
   check_targets(rows);
   Reduced r;
@@ -133,5 +134,6 @@ PYBIND11_MODULE(_native, m) {
   py::class_<PyBuffer>(m, "Buffer", py::buffer_protocol())
       .def(py::init<size_t>())
       .def_property_readonly("recycled", [](const PyBuffer& b) { return b.buffer.recycled; })
-      .def_buffer([](PyBuffer& b) { return py::buffer_info(static_cast<char*>(b.buffer.data), ssize_t(b.buffer.bytes)); });
+      .def_buffer(
+          [](PyBuffer& b) { return py::buffer_info(static_cast<char*>(b.buffer.data), ssize_t(b.buffer.bytes)); });
 }

@@ -26,7 +26,8 @@ struct RowState {
   F mass = 0;
 };
 
-// Move a state to a new centre M >= a.centre. A part that is empty or all -inf weighs nothing and moves nowhere: no NaN.
+// Move a state to a new centre M >= a.centre. A part that is empty or all -inf weighs nothing and moves nowhere: no
+// NaN.
 template <class F>
 FASTLOSS_HD inline RowState<F> recentre(const RowState<F>& a, F M) {
   if (a.centre == M || a.centre == -INFINITY) return {M, a.sum, a.moment, a.plain, a.mass};

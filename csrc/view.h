@@ -14,9 +14,7 @@ namespace fastloss {
 
 enum class DType : int { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
-constexpr int64_t size_of(DType dtype) {
-  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
-}
+constexpr int64_t size_of(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
 
 // A row-major matrix whose last stride is one; the row stride counts elements and may be anything (0: one shared row).
 struct Matrix {

@@ -1,6 +1,6 @@
 """Writes the generated part of README.md: what the functions take, read off their signatures and docstrings.
 
-    python docs/feature_table.py README.md
+python docs/feature_table.py README.md
 """
 
 from __future__ import annotations

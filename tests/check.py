@@ -29,7 +29,9 @@ def error(got: Tensor, truth: Tensor, floor: float) -> float:
     at the same places."""
     got, truth = got.double(), truth.double()
     finite = truth.isfinite()
-    if not torch.equal(finite, got.isfinite()) or not torch.equal(got[~finite].nan_to_num(), truth[~finite].nan_to_num()):
+    if not torch.equal(finite, got.isfinite()) or not torch.equal(
+        got[~finite].nan_to_num(), truth[~finite].nan_to_num()
+    ):
         return float("inf")
     if not finite.any():
         return 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -60,9 +61,7 @@ def test_monoid_laws(isa_name, x, y, z):
             assert torch.equal(native.merge_states(s, unit), s) and torch.equal(native.merge_states(unit, s), s)
         if len(finite) == 3:
             close(native.merge_states(x, y), native.merge_states(y, x))
-            close(
-                native.merge_states(native.merge_states(x, y), z), native.merge_states(x, native.merge_states(y, z))
-            )
+            close(native.merge_states(native.merge_states(x, y), z), native.merge_states(x, native.merge_states(y, z)))
     finally:
         _native.use_isa(before)
 
@@ -79,7 +78,7 @@ def test_any_cut_of_the_vocabulary(cuts, isa_name, wide):
         w = some_weight(3000).to(x.dtype)
         edges = [0, *sorted(cuts), 3000]
         merged = states(x[:, :0], w[:0])
-        for a, b in zip(edges, edges[1:], strict=False):
+        for a, b in itertools.pairwise(edges):
             merged = native.merge_states(merged, states(x[:, a:b], w[a:b]))
         close(merged, states(x, w), 1e-11 if wide else 3e-6)
     finally:

@@ -65,7 +65,9 @@ def test_concurrent_calls(batch):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # that of Python 3.12 about threads, which is the point
+@pytest.mark.filterwarnings(
+    "ignore:.*fork.*:DeprecationWarning"
+)  # that of Python 3.12 about threads, which is the point
 def test_calls_after_fork(batch):
     """A forked child has torch's OpenMP pool without its threads; our calls must not wait for them."""
     x, y = batch

@@ -10,12 +10,12 @@
 #define FASTLOSS_FOR_EACH_ISA(X) X(baseline)  // aarch64: NEON
 #endif
 
-#define FASTLOSS_DECLARE(isa)             \
-  namespace fastloss {                    \
-  namespace isa {                         \
-  extern const Kernels kernels_float32;   \
-  extern const Kernels kernels_float64;   \
-  }                                       \
+#define FASTLOSS_DECLARE(isa)           \
+  namespace fastloss {                  \
+  namespace isa {                       \
+  extern const Kernels kernels_float32; \
+  extern const Kernels kernels_float64; \
+  }                                     \
   }
 FASTLOSS_FOR_EACH_ISA(FASTLOSS_DECLARE)
 
@@ -78,8 +78,6 @@ void use_isa(const std::string& name) {
   throw std::invalid_argument("isa: got '" + name + "', this processor and build have " + known);
 }
 
-const Kernels& kernels(DType dtype) {
-  return dtype == DType::kFloat64 ? *chosen()->float64 : *chosen()->float32;
-}
+const Kernels& kernels(DType dtype) { return dtype == DType::kFloat64 ? *chosen()->float64 : *chosen()->float32; }
 
 }  // namespace fastloss

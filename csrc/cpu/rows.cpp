@@ -157,7 +157,7 @@ class Row {
     Centre<F> centre;
   };
   Peak peak_{-INFINITY, Centre<F>(0, 1)};  // the row's largest logit, and what its exponential was relative to
-  F shift_ = 0;                            // taken from a row's logits before anything else when they are too large for Centre's arithmetic
+  F shift_ = 0;  // taken from a row's logits before anything else when they are too large for Centre's arithmetic
 
   // False where the row must be shifted first.
   template <bool Moment, bool Keep>
@@ -190,7 +190,8 @@ class Row {
         RowState<double> part{m > -INFINITY ? centre.value : -INFINITY, sums.sum, sums.moment};
         if (spec_.soft || spec_.label_smoothing > 0) {
           const F at = F(centre.value);
-          const auto plain = tile_plain<E, F>(z, np, at, scale_, {spec_.soft ? target_probs(i, j, n) : weights_.at(j), n});
+          const auto plain =
+              tile_plain<E, F>(z, np, at, scale_, {spec_.soft ? target_probs(i, j, n) : weights_.at(j), n});
           part.plain = plain.plain + times(plain.mass, at - centre.value);
           part.mass = plain.mass;
         }
@@ -253,9 +254,13 @@ class Row {
     fn(Native<F>{}, static_cast<const F*>(buf), padded<F>(n));
   }
 
+  // q' of n columns from j: the probabilities themselves where they need no work, else in ws_.probs; padded with zeros.
   const F* target_probs(int64_t i, int64_t j, int64_t n) const {
     const DType dtype = rows_.probs.dtype;
-    read_tile<F>(rows_.probs.row(i) + j * size_of(dtype), dtype, n, F(0), ws_.probs);
+    const char* q = rows_.probs.row(i) + j * size_of(dtype);
+    const bool as_is = n % kLanes<F> == 0 && spec_.label_smoothing == 0 && !weights_.at(j);
+    if (as_is && size_of(dtype) == sizeof(F)) return reinterpret_cast<const F*>(q);
+    read_tile<F>(q, dtype, n, F(0), ws_.probs);
     smooth_probs_tile<F>(ws_.probs, padded<F>(n), weights_.at(j), F(spec_.label_smoothing), V_);
     std::fill(ws_.probs + n, ws_.probs + padded<F>(n), F(0));
     return ws_.probs;
@@ -351,9 +356,9 @@ template <class F>
 double row_loss_grad(const Rows& rows, const Reduced& r) {
   const int64_t N = rows.input.rows, V = rows.input.cols;
   const ClassWeights<F> weights(rows);
-  const double denominator = r.has_normalizer                      ? r.normalizer
+  const double denominator = r.has_normalizer                  ? r.normalizer
                              : r.reduction == Reduction::kMean ? mean_denominator(rows, r.token_weight, weights)
-                                                                   : 1.0;
+                                                               : 1.0;
   std::vector<double> losses(static_cast<size_t>(N), 0.0);
   parallel_for(N, V, rows.threads, [&](int64_t begin, int64_t end) {
     Row<F> row(rows, weights, Workspace<F>::get(V));

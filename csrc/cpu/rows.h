@@ -44,8 +44,9 @@ struct Reduced {
 // RowState<double> as numbers: centre, sum, moment, plain, mass.
 constexpr int kStates = 5;
 
-// A kernel table: `..._states` what each row's part of the vocabulary contributes, for `merge_states`; `..._loss` statistics and losses; `..._grad` the gradient from them; `..._loss_grad` both at once,
-// each row's gradient while the row is in cache, which returns the reduced loss.
+// A kernel table: `..._states` what each row's part of the vocabulary contributes, for `merge_states`; `..._loss`
+// statistics and losses; `..._grad` the gradient from them; `..._loss_grad` both at once, each row's gradient while the
+// row is in cache, which returns the reduced loss.
 struct Kernels {
   const char* isa;
   void (*row_states)(const Rows&, double* states);  // (N, kStates)

@@ -1,5 +1,6 @@
-// One SIMD vector per instruction set, through the compiler's vector extensions: arithmetic, comparisons and selects are
-// plain operators, so this one source is AVX-512, AVX2, SSE2 and NEON. Intrinsics appear only where no operator exists.
+// One SIMD vector per instruction set, through the compiler's vector extensions: arithmetic, comparisons and selects
+// are plain operators, so this one source is AVX-512, AVX2, SSE2 and NEON. Intrinsics appear only where no operator
+// exists.
 #pragma once
 
 #include <cmath>
@@ -209,9 +210,12 @@ inline auto visit(DType dtype, Fn&& f) {
     return f(Float64{});
   } else {
     switch (dtype) {
-      case DType::kBFloat16: return f(BFloat16{});
-      case DType::kFloat16: return f(Float16{});
-      default: return f(Float32{});
+      case DType::kBFloat16:
+        return f(BFloat16{});
+      case DType::kFloat16:
+        return f(Float16{});
+      default:
+        return f(Float32{});
     }
   }
 }
@@ -226,18 +230,18 @@ template <>
 struct Exp2<float> {  // (2^f - 1) / f on [-1/2, 1/2], relative error of 2^f 2.0e-9 (minimax fit)
   static constexpr int kMantissa = 23, kBias = 127;
   static constexpr float kRound = 0x1.8p23f + kBias;  // adding it leaves round(t) + bias in the low bits
-  static constexpr float kPoly[] = {0x1.62e430af276fcp-1f, 0x1.ebfbdc3c2f1f9p-3f, 0x1.c6aee88e0e0cap-5f,
+  static constexpr float kPoly[] = {0x1.62e430af276fcp-1f, 0x1.ebfbdc3c2f1f9p-3f,  0x1.c6aee88e0e0cap-5f,
                                     0x1.3b2d4cf2365aep-7f, 0x1.5f3e5336b2764p-10f, 0x1.41fbbc250547bp-13f};
 };
 template <>
 struct Exp2<double> {  // the Taylor series, ln(2)^k / k!, relative error below 1e-17
   static constexpr int kMantissa = 52, kBias = 1023;
   static constexpr double kRound = 0x1.8p52 + kBias;
-  static constexpr double kPoly[] = {
-      6.931471805599453094e-01, 2.402265069591007123e-01, 5.550410866482157995e-02, 9.618129107628477162e-03,
-      1.333355814642844342e-03, 1.540353039338160995e-04, 1.525273380405984028e-05, 1.321548679014430949e-06,
-      1.017808600923969973e-07, 7.054911620801123330e-09, 4.445538271870811498e-10, 2.567843599348820514e-11,
-      1.369148885390412888e-12};
+  static constexpr double kPoly[] = {6.931471805599453094e-01, 2.402265069591007123e-01, 5.550410866482157995e-02,
+                                     9.618129107628477162e-03, 1.333355814642844342e-03, 1.540353039338160995e-04,
+                                     1.525273380405984028e-05, 1.321548679014430949e-06, 1.017808600923969973e-07,
+                                     7.054911620801123330e-09, 4.445538271870811498e-10, 2.567843599348820514e-11,
+                                     1.369148885390412888e-12};
 };
 
 // 2^f - 1 for f in [-1/2, 1/2].

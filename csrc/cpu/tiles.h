@@ -17,6 +17,12 @@ inline int64_t padded(int64_t n) {
   return (n + kLanes<F> - 1) / kLanes<F> * kLanes<F>;
 }
 
+// Asks for what is kAhead bytes after the `count` elements at p.
+template <class T>
+inline void prefetch_after(const T* p, int count) {
+  for (int b = 0; b < count * int(sizeof(T)); b += 64) prefetch(reinterpret_cast<const char*>(p) + kAhead + b);
+}
+
 // Fills buf[0, padded(n)) from n elements of any dtype; the padding gets `fill`.
 template <class F>
 inline void read_tile(const void* src, DType dtype, int64_t n, F fill, F* buf) {
@@ -25,7 +31,10 @@ inline void read_tile(const void* src, DType dtype, int64_t n, F fill, F* buf) {
     using T = typename E::Storage;
     const T* p = static_cast<const T*>(src);
     int64_t i = 0;
-    for (; i + kLanes<F> <= n; i += kLanes<F>) store(buf + i, E::get(p + i));
+    for (; i + kLanes<F> <= n; i += kLanes<F>) {
+      prefetch_after(p + i, kLanes<F>);
+      store(buf + i, E::get(p + i));
+    }
     if (i == n) return;
     T tail[kLanes<F>] = {};
     std::memcpy(tail, p + i, size_t(n - i) * sizeof(T));
@@ -107,7 +116,7 @@ inline ExpSums<F> tile_exp(const T* z, int64_t n, const Centre<F>& centre, F* e)
   };
   int64_t i = 0;
   for (; i + 2 * L <= n; i += 2 * L) {
-    for (int b = 0; b < 2 * L * int(sizeof(T)); b += 64) prefetch(reinterpret_cast<const char*>(z + i) + kAhead + b);
+    prefetch_after(z + i, 2 * L);
     step(i, 0), step(i + L, 1);
   }
   if (i < n) step(i, 0);
@@ -137,6 +146,7 @@ template <class E, class F, class T>
 inline PlainSums<F> tile_plain(const T* z, int64_t n, F m, F scale, TileWeights<F> weights) {
   Vec<F> plain = {}, mass = {};
   for (int64_t i = 0; i < n; i += kLanes<F>) {
+    if (weights.w) prefetch_after(weights.w + i, kLanes<F>);
     const Vec<F> w = weights.at(i);
     plain += w == 0 ? Vec<F>{} : w * (E::get(z + i) * scale - m);
     mass += w;

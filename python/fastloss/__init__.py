@@ -1,7 +1,7 @@
 """fastloss: the loss layer for language models.
 
-`fastloss.cross_entropy` takes and returns what `torch.nn.functional.cross_entropy` does, reads the logits once and writes
-their gradient once.
+`fastloss.cross_entropy` takes and returns what `torch.nn.functional.cross_entropy` does, reads the logits once and
+writes their gradient once.
 """
 
 from .backends import explain, use_backend

@@ -20,9 +20,10 @@ COMPUTE_DTYPE = {
 
 def as_rows(input: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
     """Views (or, for strided classes, copies) of the logits as (N, V) and of the target as (N,) or (N, V)."""
-    if target.dtype is torch.int64 and input.dim() == 2 and target.dim() == 1 and input.dtype in COMPUTE_DTYPE:
-        if input.shape[0] == target.shape[0]:  # what nearly every call is, and small ones must be quick
-            return input, target
+    # What nearly every call is comes first: small ones must be quick.
+    plain = target.dtype is torch.int64 and input.dim() == 2 and target.dim() == 1
+    if plain and input.shape[0] == target.shape[0] and input.dtype in COMPUTE_DTYPE:
+        return input, target
     if input.dtype not in COMPUTE_DTYPE:
         raise NotImplementedError(f"input: expected float32, bfloat16, float16 or float64 logits, got {input.dtype}")
     if input.shape == target.shape:
@@ -117,7 +118,9 @@ def as_normalizer(normalizer: Tensor | float, like: Tensor, reduction: str) -> T
 def check_inplace(input: Tensor, rows: Tensor) -> None:
     """The gradient can only overwrite logits that are dense rows of a tensor autograd may see changed."""
     if input.is_leaf and input.requires_grad and torch.is_grad_enabled():
-        raise RuntimeError("inplace=True: input is a leaf Variable that requires grad; its values cannot be overwritten")
+        raise RuntimeError(
+            "inplace=True: input is a leaf Variable that requires grad and cannot be overwritten"
+        )
     dense = rows.shape[0] <= 1 or rows.stride(0) >= rows.shape[1]
     if rows.data_ptr() != input.data_ptr() or (rows.shape[1] > 1 and rows.stride(1) != 1) or not dense:
         raise ValueError(

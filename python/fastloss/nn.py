@@ -13,8 +13,8 @@ from .losses import cross_entropy
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     """``torch.nn.CrossEntropyLoss(weight, size_average, ignore_index, reduce, reduction, label_smoothing)``
 
-    with the same arguments, state and pickles, and the keyword arguments of `fastloss.cross_entropy`; `token_weight` and
-    `normalizer` belong to a batch and go to ``forward``.
+    with the same arguments, state and pickles, and the keyword arguments of `fastloss.cross_entropy`; `token_weight`
+    and `normalizer` belong to a batch and go to ``forward``.
     """
 
     def __init__(

@@ -32,9 +32,7 @@ _library.define(
 
 
 @torch.library.impl(_library, "row_loss", "CompositeExplicitAutograd")
-def _row_loss(
-    input: Tensor, target: Tensor, weight: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+def _row_loss(input: Tensor, target: Tensor, weight: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     *spec, extras = rest
     return choose(input, target).row_loss(input, target, weight, Spec(*spec), extras)
 
@@ -128,8 +126,8 @@ def per_row(
 
 
 # The upstream gradient of the last backward. A training loop's is the same at every step (1, one over the accumulation
-# steps, a loss scale), so the forward writes the gradient for it; where it turns out otherwise, the backward computes the
-# gradient again. A guess changes the time, never a bit of the result.
+# steps, a loss scale), so the forward writes the gradient for it; where it turns out otherwise, the backward computes
+# the gradient again. A guess changes the time, never a bit of the result.
 _expected_upstream = 1.0
 
 

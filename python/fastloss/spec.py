@@ -19,7 +19,9 @@ class Spec(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def make_spec(ignore_index: int, label_smoothing: float, z_loss: float, softcap: float | None, logit_scale: float) -> Spec:
+def make_spec(
+    ignore_index: int, label_smoothing: float, z_loss: float, softcap: float | None, logit_scale: float
+) -> Spec:
     """A checked `Spec`; cached, since a training run asks for the same one at every step."""
     if not isinstance(ignore_index, int):
         raise TypeError(f"cross_entropy(): argument 'ignore_index' must be int, not {type(ignore_index).__name__}")

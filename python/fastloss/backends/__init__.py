@@ -87,7 +87,10 @@ def explain(input: Tensor, target: Tensor) -> str:
     """Which backend would compute a loss of these tensors, and why the others would not, as a small table."""
     reasons = refusals(input.device, input.dtype, target.dtype)
     chosen = next((name for name, reason in reasons.items() if reason is None), None)
-    lines = [f"{'->' if name == chosen else '  '} {name:10s} {_status(name, reason, chosen)}" for name, reason in reasons.items()]
+    lines = [
+        f"{'->' if name == chosen else '  '} {name:10s} {_status(name, reason, chosen)}"
+        for name, reason in reasons.items()
+    ]
     return "\n".join(lines)
 
 

@@ -115,9 +115,7 @@ RECORDS: dict[str, Callable[[Settings], Record]] = {
 def in_child(case: Case, settings: Settings) -> Result:
     """A case whose environment torch reads at its start."""
     plain = {name: value for name, value in vars(case).items() if name not in ("target", "environment")}
-    answer = _child(
-        "rounds", dict(case.environment), case=plain, rounds=settings.rounds, compiled=settings.compiled
-    )
+    answer = _child("rounds", dict(case.environment), case=plain, rounds=settings.rounds, compiled=settings.compiled)
     return Result(case=case, **answer)
 
 
