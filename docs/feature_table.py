@@ -10,8 +10,9 @@ import re
 import sys
 from pathlib import Path
 
-import fastloss
 import torch
+
+import fastloss
 from fastloss.arguments import COMPUTE_DTYPE
 from fastloss.backends import BACKENDS
 

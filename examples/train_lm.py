@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 WIDTH, LAYERS, HEADS = 256, 4, 4
-LEARNING_RATE, WARMUP = 2e-3, 20
+LEARNING_RATE, WARMUP, MAX_GRADIENT = 1e-3, 20, 1.0
 
 
 def choose_loss(name: str) -> Callable[[Tensor, Tensor], Tensor]:
@@ -62,7 +62,9 @@ class LanguageModel(nn.Module):
         nn.init.normal_(self.embedding.weight, std=0.02)
 
     def forward(self, tokens: Tensor) -> Tensor:  # (B, T) -> (B, T, vocab)
-        x = self.embedding(tokens) + self.positions[: tokens.shape[1]]
+        # The head wants small embeddings. Unscaled, the first LayerNorm would enlarge their gradient 50 times, and a step
+        # of the optimizer every rounding error with it: two runs of the very same loss would drift apart.
+        x = math.sqrt(WIDTH) * self.embedding(tokens) + self.positions[: tokens.shape[1]]
         return self.norm(self.blocks(x)) @ self.embedding.weight.T
 
 
@@ -113,6 +115,7 @@ class Training:
         loss_ended = time.perf_counter()
 
         logits.backward(logits_grad)
+        nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRADIENT)
         self.optimizer.step()
         self.schedule.step()
         ended = time.perf_counter()

@@ -6,9 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from cases import TOLERANCE
+from torch import Tensor
 
 
 def value_and_grad(f: Callable[..., Tensor], x: Tensor, upstream: Tensor | None, *args: Any, **kwargs: Any):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import fastloss
 import pytest
 import torch
+
+import fastloss
 from fastloss.backends import native
 
 ENGINES = [f"cpu:{isa}" for isa in native._native.available_isas()] + ["reference"]

@@ -46,6 +46,7 @@ SAME_AS_TORCH: dict[str, tuple[str, Call]] = {
     # shapes
     "batch of another size": ("batch_size", lambda C: C(logits(), classes(0, 1))),
     "batch, 0-d target": ("batch_size", lambda C: C(logits(), torch.tensor(0))),
+    "no row, 0-d target": ("target", lambda C: C(logits()[:0], torch.tensor(0))),
     "batch, (N, 1) target": ("target", lambda C: C(logits(), classes()[:, None])),
     "batch, (N, 2) target": ("target", lambda C: C(logits(), torch.zeros(3, 2, dtype=torch.long))),
     "one row, two targets": ("target", lambda C: C(logits(V), classes(0, 1))),
@@ -56,6 +57,10 @@ SAME_AS_TORCH: dict[str, tuple[str, Call]] = {
     "4-d, 2-d target": ("target", lambda C: C(logits(3, 5, 2, 2), torch.zeros(3, 2, dtype=torch.long))),
     "scalar logits": ("target", lambda C: C(torch.tensor(1.0), torch.tensor(0))),
     "no class, a target": ("target", lambda C: C(logits()[:, :0], classes())),
+    # two mistakes at once: torch's order
+    "float (2, V) target of one row": ("batch_size", lambda C: C(logits(1, V), probs()[:2])),
+    "float target of another batch": ("batch_size", lambda C: C(logits(), classes(0, 1).float())),
+    "one row, two float targets": ("target", lambda C: C(logits(V), classes(0, 1).float())),
     # class indices
     "class V": ("target", lambda C: C(logits(), classes(0, 1, V))),
     "class -1": ("target", lambda C: C(logits(), classes(0, 1, -1))),
@@ -119,7 +124,7 @@ SAME_AS_TORCH: dict[str, tuple[str, Call]] = {
 
 
 def raised_by(loss: Callable[..., Any], call: Call) -> BaseException:
-    with pytest.raises(Exception) as caught:  # noqa: PT011: which one it is, is the question
+    with pytest.raises(Exception) as caught:
         call(loss)
     return caught.value
 
@@ -206,7 +211,11 @@ OURS: dict[str, tuple[type[Exception], str, Call]] = {
         lambda C: C(logits(), classes(), normalizer=2.0, reduction="none"),
     ),
     "out_dtype int": (TypeError, "out_dtype", lambda C: C(logits(), classes(), out_dtype=torch.int64)),
-    "positional z_loss": (TypeError, "argument", lambda C: C(logits(), classes(), None, None, -100, None, "mean", 0.0, 0.1)),
+    "positional z_loss": (
+        TypeError,
+        "argument",
+        lambda C: C(logits(), classes(), None, None, -100, None, "mean", 0.0, 0.1),
+    ),
     "inplace leaf": (
         RuntimeError,
         "inplace",
@@ -237,7 +246,7 @@ def test_nothing_is_written_on_error(inplace: bool, reduction: str) -> None:
     x, y = leaf * 1, torch.zeros(64, dtype=torch.long)
     y[-1] = 33  # the last row: everything before it could have been done
     before, version = x.detach().clone(), x._version
-    with pytest.raises(IndexError, match="(?i)target"):
+    with pytest.raises(IndexError, match=r"(?i)target"):
         fastloss.cross_entropy(x, y, reduction=reduction, inplace=inplace)
     assert torch.equal(x, before)
     assert x._version == version
@@ -278,10 +287,22 @@ def test_deprecated_reductions_of_the_module(options: dict[str, Any], reduction:
     assert module.reduction == reduction
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_one_row_with_a_target_of_one_element(reduction: str) -> None:
+    """As torch, () comes back; beyond torch, smoothed as well, and differentiable."""
+    got = fastloss.cross_entropy(logits(V), classes(2), reduction=reduction)
+    assert got.shape == F.cross_entropy(logits(V), classes(2), reduction=reduction).shape == ()
+    for eps in (0.0, 0.1):
+        x, row = logits(V).requires_grad_(), logits(V).requires_grad_()
+        fastloss.cross_entropy(x, classes(2), reduction=reduction, label_smoothing=eps).backward()
+        F.cross_entropy(row, torch.tensor(2), reduction=reduction, label_smoothing=eps).backward()
+        torch.testing.assert_close(x.grad, row.grad)
+
+
 def test_int32_classes_are_accepted() -> None:
     torch.testing.assert_close(fastloss.cross_entropy(logits(), classes().int()), F.cross_entropy(logits(), classes()))
 
 
 def test_unknown_backend() -> None:
-    with pytest.raises(ValueError, match="backend.*reference.*nonsense"), fastloss.use_backend("nonsense"):
+    with pytest.raises(ValueError, match=r"backend.*reference.*nonsense"), fastloss.use_backend("nonsense"):
         pass

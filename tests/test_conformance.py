@@ -69,9 +69,7 @@ def op_samples(dtype: torch.dtype) -> list[Sample]:
 def module_samples(dtype: torch.dtype) -> list[Sample]:
     (info,) = [m for m in module_db if m.module_cls is torch.nn.CrossEntropyLoss]
     found = []
-    for i, s in enumerate(
-        info.module_inputs_func(info, device="cpu", dtype=dtype, requires_grad=True, training=True)
-    ):
+    for i, s in enumerate(info.module_inputs_func(info, device="cpu", dtype=dtype, requires_grad=True, training=True)):
         assert not s.constructor_input.args
         assert not s.forward_input.kwargs
         options = s.constructor_input.kwargs
@@ -79,7 +77,8 @@ def module_samples(dtype: torch.dtype) -> list[Sample]:
         reference = None
         if s.reference_fn is not None and dtype == torch.float64:
             module = torch.nn.CrossEntropyLoss(**options)
-            reference = lambda s=s, m=module, a=(input.detach(), target.detach()): s.reference_fn(m, *a)  # noqa: E731
+            plain = (input.detach(), target.detach())
+            reference = lambda s=s, module=module, plain=plain: s.reference_fn(module, *plain)  # noqa: E731
         found.append(Sample(f"module{i}-{s.desc}", input, target, options, reference))
     assert len(found) >= MODULE_SAMPLES
     return found

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import fastloss
 import pytest
 import torch
 from cases import CASES, DTYPES, SHAPES, VOCABULARIES
 from check import assert_as_good_as_torch, value_and_grad
+
+import fastloss
 
 
 def _case_id(case):

@@ -6,8 +6,9 @@ import doctest
 import importlib.util
 from pathlib import Path
 
-import fastloss.losses
 import pytest
+
+import fastloss.losses
 
 ROOT = Path(__file__).parent.parent
 

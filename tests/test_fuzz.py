@@ -19,8 +19,8 @@ quiet = [HealthCheck.too_slow, HealthCheck.filter_too_much]
 settings.register_profile("ci", derandomize=True, database=None, deadline=None, suppress_health_check=quiet)
 settings.register_profile("explore", deadline=None, suppress_health_check=quiet)  # other examples every time
 PROFILE = settings.get_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
-fuzz = settings(PROFILE, max_examples=200)
-fuzz_more = settings(PROFILE, max_examples=400)
+fuzz = settings(PROFILE, max_examples=500)
+fuzz_more = settings(PROFILE, max_examples=1000)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 CLASSES = (1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 64, 100, 257, 1030)  # around vectors, and past the first tile
@@ -114,14 +114,14 @@ def upstream_like(value: Tensor, kind: str) -> Tensor:
     return torch.stack([g, g + 5], -1)[..., 0] if kind == "transposed" else g
 
 
-def value_and_grad(loss: Callable[..., Tensor], call: Call, dtype: torch.dtype | None = None, **more: Any) -> list[Tensor]:
+def value_and_grad(loss: Callable[..., Tensor], call: Call, dtype: torch.dtype | None = None) -> list[Tensor]:
     """Loss and gradient of the logits, whose strides are kept; everything in another dtype if one is given."""
 
     def cast(t: Any) -> Any:
         return t.to(dtype) if dtype is not None and isinstance(t, Tensor) and t.is_floating_point() else t
 
     input = cast(call.input).detach().requires_grad_()
-    options = {k: cast(v) for k, v in (call.options | more).items()}
+    options = {k: cast(v) for k, v in call.options.items()}
     value = loss(input, cast(call.target), **options)
     upstream = upstream_like(value.detach(), call.upstream)
     if value.dim() == 0 and call.upstream == "random":
@@ -358,6 +358,7 @@ def attempt(loss: Callable[..., Tensor], call: Call, **more: Any) -> tuple[Tenso
 @given(call=spoiled_calls(), inplace=st.booleans())
 def test_errors_like_torch(backend: str, call: Call, inplace: bool) -> None:
     assume(call.target.dtype != torch.int32)  # torch refuses these classes; we do not
+    assume(call.input.dim() > 1 or call.target.shape != (1,))  # torch takes these, but not with label smoothing
     assume(call.input.is_floating_point() or call.input.numel())  # torch takes integer logits where there are none
     dense = call.input.is_contiguous() and call.input.dim() == 2
     if call.input.is_floating_point():

@@ -5,8 +5,9 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
-import fastloss
 import pytest
+
+import fastloss
 
 PACKAGE = Path(fastloss.__file__).parent
 # A module may import those of lower layers, and its own layer's submodules.

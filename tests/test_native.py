@@ -7,13 +7,14 @@ import os
 import subprocess
 import sys
 
-import fastloss
 import hypothesis.strategies as st
 import pytest
 import torch
+from hypothesis import given, settings
+
+import fastloss
 from fastloss.backends import native
 from fastloss.spec import Spec
-from hypothesis import given, settings
 
 _native = native._native
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import fastloss
 import psutil
 import pytest
 import torch
 import torch.nn.functional as F
 from cases import CASES, DTYPES
 from check import assert_as_good_as_torch, value_and_grad
+
+import fastloss
 
 
 @pytest.mark.parametrize("offset", [1e4, -1e4, 3e5, -3e7])

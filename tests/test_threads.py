@@ -7,10 +7,11 @@ import select
 import signal
 from concurrent.futures import ThreadPoolExecutor
 
-import fastloss
 import pytest
 import torch
 from check import value_and_grad
+
+import fastloss
 
 
 @pytest.fixture

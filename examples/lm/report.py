@@ -136,7 +136,7 @@ def _draw_difference(axes: Axes, runs: dict[str, Run]) -> None:
     axes.plot(range(1, len(differences) + 1), differences, color="#555555", linewidth=1)
     axes.set_title(f"Difference of the two curves, at most {max(differences):.1e}")
     axes.set_ylim(0, max(*differences, 1e-6) * 1.15)
-    axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.1e}" if value else "0")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("step")
     axes.set_ylabel("nats")

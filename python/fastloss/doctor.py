@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import platform
-from pathlib import Path
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch

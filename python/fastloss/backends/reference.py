@@ -17,7 +17,7 @@ from ..spec import Spec
 
 
 class RowResult(NamedTuple):
-    """Per-row loss and statistics, (N,) each, in the compute dtype; loss, log_prob are 0 where the target is ignored."""
+    """Per-row loss and statistics, (N,) each, in the compute dtype; loss and log_prob 0 where the target is ignored."""
 
     loss: Tensor
     lse: Tensor
