@@ -62,8 +62,8 @@ class LanguageModel(nn.Module):
         nn.init.normal_(self.embedding.weight, std=0.02)
 
     def forward(self, tokens: Tensor) -> Tensor:  # (B, T) -> (B, T, vocab)
-        # The head wants small embeddings. Unscaled, the first LayerNorm would enlarge their gradient 50 times, and a step
-        # of the optimizer every rounding error with it: two runs of the very same loss would drift apart.
+        # The head wants small embeddings. Unscaled, the first LayerNorm would enlarge their gradients 50 times, and
+        # training every rounding error with them: two runs with the very same loss would drift apart.
         x = math.sqrt(WIDTH) * self.embedding(tokens) + self.positions[: tokens.shape[1]]
         return self.norm(self.blocks(x)) @ self.embedding.weight.T
 

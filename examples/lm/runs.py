@@ -9,7 +9,7 @@ import resource
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,12 +66,11 @@ def _processes(
         try:
             pipes[loss].send(request)
             return pipes[loss].recv()
-        except (EOFError, BrokenPipeError, ConnectionResetError):
+        except (EOFError, ConnectionError):
             processes[loss].join()
-            raise SystemExit(
-                f"The run with {loss} ended early (exit code {processes[loss].exitcode}; -9: the system was out of "
-                "memory, try a smaller --batch). Its own message, if any, is above."
-            ) from None
+            code = processes[loss].exitcode
+            advice = " It was killed, mostly for want of memory: try a smaller --batch." if code == -9 else ""
+            raise SystemExit(f"train_lm.py: the run with {loss} ended early (exit code {code}).{advice}") from None
 
     try:
         yield ask
@@ -85,9 +84,10 @@ def _serve(requests: Connection, training: Callable[..., Any], *arguments: Any) 
     """The life of a run's process: it answers requests, each the name of a method."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     run = training(*arguments)
-    while True:
-        request = requests.recv()
-        requests.send(peak_memory() if request == "peak_memory" else getattr(run, request)())
+    with suppress(EOFError, ConnectionError):  # the parent was ended from outside: nobody is left to tell
+        while True:
+            request = requests.recv()
+            requests.send(peak_memory() if request == "peak_memory" else getattr(run, request)())
 
 
 def peak_memory() -> int:

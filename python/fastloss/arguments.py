@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 _INDEX_DTYPES = (torch.int64, torch.int32, torch.uint8)
+_autocast_exists = torch.amp.is_autocast_available
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 COMPUTE_DTYPE = {
     torch.float32: torch.float32,
@@ -21,11 +22,14 @@ COMPUTE_DTYPE = {
 def as_rows(input: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
     """Views (or, for strided classes, copies) of the logits as (N, V) and of the target as (N,) or (N, V)."""
     # What nearly every call is comes first: small ones must be quick.
-    plain = target.dtype is torch.int64 and input.dim() == 2 and target.dim() == 1
-    if plain and input.shape[0] == target.shape[0] and input.dtype in COMPUTE_DTYPE:
-        return input, target
-    if input.dtype not in COMPUTE_DTYPE:
-        raise NotImplementedError(f"input: expected float32, bfloat16, float16 or float64 logits, got {input.dtype}")
+    takes = input.dtype in COMPUTE_DTYPE and input.layout is torch.strided
+    if takes and target.dtype is torch.int64 and input.dim() == 2 and target.dim() == 1:
+        if input.shape[0] == target.shape[0]:
+            return input, target
+    elif not takes:
+        raise NotImplementedError(
+            f"input: expected strided logits in float32, bfloat16, float16 or float64, got {input.dtype} {input.layout}"
+        )
     if input.shape == target.shape:
         if not target.is_floating_point():
             raise RuntimeError(
@@ -35,9 +39,12 @@ def as_rows(input: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, T
         if ignore_index >= 0:
             raise RuntimeError(f"ignore_index is not supported for floating point target, got {ignore_index}")
         return _class_rows(input), _class_rows(target)
+    if input.dim() != 1:  # torch's order
+        _check_index_shape(input, target)
     if target.dtype not in _INDEX_DTYPES:
         raise RuntimeError(f"target: expected target dtype to be Long, Int or Byte (class indices), got {target.dtype}")
-    _check_index_shape(input, target)
+    if input.dim() == 1:
+        _check_index_shape(input, target)
     indices = target.reshape(-1)
     return _class_rows(input), indices if indices.dtype == torch.int64 else indices.long()
 
@@ -60,13 +67,15 @@ def _check_index_shape(input: Tensor, target: Tensor) -> None:
         if got not in ((), (1,)):
             raise ValueError(f"For 1D input, 1D target must have size 1, but got target size: {got[0]}")
         return
-    if len(shape) == 2 and len(got) > 1:
-        raise RuntimeError(f"target: 0D or 1D target tensor expected, multi-target not supported; got shape {got}")
+    if not got and shape[0] == 0:
+        raise IndexError("target: expected one class index for each row of input, got a tensor without dimensions")
     if shape[0] != (got[0] if got else 0):
         raise ValueError(
             f"Expected input batch_size ({shape[0]}) to match target batch_size ({got[0] if got else 0}): "
             f"input has shape {shape}, target {got}"
         )
+    if len(shape) == 2 and len(got) > 1:
+        raise RuntimeError(f"target: 0D or 1D target tensor expected, multi-target not supported; got shape {got}")
     expected = shape[:1] + shape[2:]
     if got != expected:
         raise RuntimeError(f"Expected target size {list(expected)}, got {list(got)}")
@@ -117,9 +126,10 @@ def as_normalizer(normalizer: Tensor | float, like: Tensor, reduction: str) -> T
 
 def check_inplace(input: Tensor, rows: Tensor) -> None:
     """The gradient can only overwrite logits that are dense rows of a tensor autograd may see changed."""
-    if input.is_leaf and input.requires_grad and torch.is_grad_enabled():
+    leaf = any(t is not None and t.is_leaf and t.requires_grad for t in (input, input._base))
+    if leaf and torch.is_grad_enabled():
         raise RuntimeError(
-            "inplace=True: input is a leaf Variable that requires grad and cannot be overwritten"
+            "inplace=True: input is a leaf Variable that requires grad, or a view of one, and cannot be overwritten"
         )
     dense = rows.shape[0] <= 1 or rows.stride(0) >= rows.shape[1]
     if rows.data_ptr() != input.data_ptr() or (rows.shape[1] > 1 and rows.stride(1) != 1) or not dense:
@@ -146,4 +156,5 @@ def loss_dtype(input: Tensor, target: Tensor, weight: Tensor | None, out_dtype: 
 
 
 def _under_autocast(input: Tensor) -> bool:
-    return input.dtype != torch.float64 and torch.is_autocast_enabled(input.device.type)
+    device = input.device.type
+    return input.dtype != torch.float64 and _autocast_exists(device) and torch.is_autocast_enabled(device)

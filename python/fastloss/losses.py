@@ -16,7 +16,6 @@ from .spec import REDUCTIONS, Spec, make_spec
 
 _forward_ad = torch.autograd.forward_ad
 _grad_enabled = torch.is_grad_enabled
-_transforming = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 
 
 class CrossEntropyStats(NamedTuple):
@@ -201,7 +200,7 @@ def _row_shape(input: Tensor, target: Tensor) -> torch.Size:
 
 def _needs_reference(target: Tensor, weight: Tensor | None, *vectors: Tensor | None) -> bool:
     """Transforms of torch.func, forward-mode AD, and gradients of targets, weights or denominators."""
-    if _transforming() or _forward_ad._current_level >= 0:
+    if rows.transforming() or _forward_ad._current_level >= 0:
         return True
     for t in (target, weight, *vectors):  # noqa: SIM110 - any() of a generator takes twice the time
         if t is not None and t.requires_grad and _grad_enabled():

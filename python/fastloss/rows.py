@@ -6,6 +6,7 @@ reduced loss whose gradient is written in the forward, while each row is in cach
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,8 @@ from .spec import Spec
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 _grad_enabled = torch.is_grad_enabled
 _is_compiling = torch.compiler.is_compiling
+transforming = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+_is_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda _: False)
 _mode_depth = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 _saved_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: True)
 
@@ -94,15 +97,14 @@ class PerRow(torch.autograd.Function):
         four: list[Tensor | None] = [*upstream, None, None, None][:4]
         if all(g is None for g in four):
             return None, None, None, None, None, None
-        if torch.is_grad_enabled() and not _is_compiling():
+        if not _is_compiling() and any(map(_needs_formula, four)):
             _refuse_inplace_twice(ctx.inplace)
-            result = reference.row_result(input, target, weight, ctx.spec)
-            grad = _differentiable_grad(input, result, four)
+            grad = _formula_grad(lambda: reference.row_result(input, target, weight, ctx.spec), input, four)
         elif _eager(input):
-            out = _overwrite(input) if ctx.inplace else None
-            backend = choose(input, target)
-            extra = {} if out is None else {"out": out}
-            grad = backend.row_grad(input, target, weight, ctx.spec, stats, four, **extra)
+            out = {"out": input.detach()} if ctx.inplace else {}
+            grad = choose(input, target).row_grad(input, target, weight, ctx.spec, stats, four, **out)
+            if ctx.inplace:
+                _tell_overwritten(input)
         else:
             grad = torch.ops.fastloss.row_grad(input, target, weight, *ctx.spec, stats, four)
         return grad, None, None, None, None, None
@@ -138,17 +140,20 @@ class Reduced(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, call: tuple[Any, ...]) -> Tensor:
         args, compute, inplace = call
-        expected = _expected_upstream  # once: other threads may change it meanwhile
-        out = _overwrite(input) if inplace else None
-        loss, grad = compute(input, *args, expected, True, out)
+        # Read once: other threads may change it meanwhile. Logits that are overwritten leave no second chance, and
+        # their gradient is made for one, so that a guess cannot show in its bits.
+        expected = 1.0 if inplace else _expected_upstream
+        loss, grad = compute(input, *args, expected, True, input.detach() if inplace else None)
+        if inplace:
+            _tell_overwritten(input)
         ctx.state = [grad, expected, call]
         ctx.save_for_backward(None if inplace else input, *args[:4])
         return loss
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:
-        if _grad_enabled():
-            return _reduced_twice(ctx, upstream), None
+        if _needs_formula(upstream):
+            return _reduced_formula(ctx, upstream), None
         state = ctx.state
         grad, expected, _ = state
         state[0] = None  # this node must not keep it alive, or .grad would be a copy
@@ -181,26 +186,36 @@ def _grad_again(ctx: Any, grad: Tensor | None, upstream: float) -> Tensor:
     return compute(*tensors, spec, reduction, out_dtype, upstream, True, grad)[1]
 
 
-def _reduced_twice(ctx: Any, upstream: Tensor) -> Tensor:
-    """The gradient as a differentiable function of the logits and of the upstream gradient (create_graph=True)."""
+def _needs_formula(upstream: Tensor | None) -> bool:
+    """Whether a backward is itself differentiated (create_graph=True) or batched (vmap, is_grads_batched=True)."""
+    return _grad_enabled() or transforming() or (upstream is not None and _is_batched(upstream))
+
+
+def _reduced_formula(ctx: Any, upstream: Tensor) -> Tensor:
+    """The gradient as a differentiable function of the logits and of the upstream gradient."""
     (*_, spec, reduction, _), _, inplace = ctx.state[2]
     _refuse_inplace_twice(inplace)
     input, target, weight, token_weight, normalizer = ctx.saved_tensors
-    loss = reference.row_result(input, target, weight, spec).loss
-    total = reduce_rows(loss, target, weight, token_weight, normalizer, spec, reduction)
-    return _differentiable_grad(input, [total], [upstream])
+
+    def total() -> list[Tensor]:
+        loss = reference.row_result(input, target, weight, spec).loss
+        return [reduce_rows(loss, target, weight, token_weight, normalizer, spec, reduction)]
+
+    return _formula_grad(total, input, [upstream])
 
 
-def _differentiable_grad(input: Tensor, outputs: Any, upstream: list[Any]) -> Tensor:
-    pairs = [(y, g.to(y.dtype)) for y, g in zip(outputs, upstream, strict=False) if g is not None]
-    (grad,) = torch.autograd.grad([y for y, _ in pairs], input, [g for _, g in pairs], create_graph=True)
+def _formula_grad(outputs: Callable[[], Any], input: Tensor, upstream: list[Any]) -> Tensor:
+    create_graph = _grad_enabled()
+    with torch.enable_grad():
+        pairs = [(y, g.to(y.dtype)) for y, g in zip(outputs(), upstream, strict=False) if g is not None]
+        ys, gs = zip(*pairs, strict=True)
+        (grad,) = torch.autograd.grad(ys, input, gs, create_graph=create_graph)
     return grad
 
 
-def _overwrite(input: Tensor) -> Tensor:
-    """The logits' own memory, for their gradient; whoever saved them for a backward will be told."""
+def _tell_overwritten(input: Tensor) -> None:
+    """The logits' memory holds their gradient now: whoever saved them for a backward will be told."""
     torch.autograd.graph.increment_version(input)
-    return input.detach()
 
 
 def _refuse_inplace_twice(misused: bool) -> None:

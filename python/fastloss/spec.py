@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import torch
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
@@ -18,22 +21,55 @@ class Spec(NamedTuple):
     logit_scale: float = 1.0
 
 
-@lru_cache(maxsize=256)
 def make_spec(
-    ignore_index: int, label_smoothing: float, z_loss: float, softcap: float | None, logit_scale: float
+    ignore_index: Any, label_smoothing: Any, z_loss: Any = 0.0, softcap: Any = None, logit_scale: Any = 1.0
 ) -> Spec:
-    """A checked `Spec`; cached, since a training run asks for the same one at every step."""
-    if not isinstance(ignore_index, int):
-        raise TypeError(f"cross_entropy(): argument 'ignore_index' must be int, not {type(ignore_index).__name__}")
-    for name, value in (("label_smoothing", label_smoothing), ("z_loss", z_loss), ("logit_scale", logit_scale)):
-        if not isinstance(value, (int, float)):
-            raise TypeError(f"cross_entropy(): argument '{name}' must be float, not {type(value).__name__}")
+    """A checked `Spec`. Numbers may come as torch's argument parser takes them: NumPy's, or tensors of one element."""
+    return _cached(
+        ignore_index if type(ignore_index) is int else _integer("ignore_index", ignore_index),
+        label_smoothing if type(label_smoothing) is float else _real("label_smoothing", label_smoothing),
+        z_loss if type(z_loss) is float else _real("z_loss", z_loss),
+        0.0 if softcap is None else _positive("softcap", softcap),
+        1.0 if type(logit_scale) is float and logit_scale == 1 else _positive("logit_scale", logit_scale),
+    )
+
+
+def _integer(name: str, value: Any) -> int:
+    if not isinstance(value, (bool, float)):
+        try:
+            return operator.index(value)
+        except TypeError:
+            pass
+    raise TypeError(f"cross_entropy(): argument '{name}' must be int, not {type(value).__name__}")
+
+
+def _real(name: str, value: Any) -> float:
+    if not isinstance(value, (str, bytes)):
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            pass
+    raise TypeError(f"cross_entropy(): argument '{name}' must be float, not {type(value).__name__}")
+
+
+def _positive(name: str, value: Any) -> float:
+    number = _real(name, value)
+    if not 0 < number < float("inf"):
+        raise ValueError(f"{name}: expected a finite number > 0, got {value}")
+    return number
+
+
+def _check(ignore_index: int, label_smoothing: float, z_loss: float, softcap: float, logit_scale: float) -> Spec:
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index: expected a 64-bit integer, got {ignore_index}")
     if label_smoothing > 1.0:
         raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap: expected a number > 0, or None for no cap, got {softcap}")
-    if not logit_scale > 0:
-        raise ValueError(f"logit_scale: expected a number > 0, got {logit_scale}")
     # torch ignores a label_smoothing that is not above zero; so must a drop-in.
-    smoothing = float(label_smoothing) if label_smoothing > 0 else 0.0
-    return Spec(ignore_index, smoothing, float(z_loss), float(softcap or 0.0), float(logit_scale))
+    return Spec(ignore_index, label_smoothing if label_smoothing > 0 else 0.0, z_loss, softcap, logit_scale)
+
+
+_remembered = lru_cache(maxsize=256)(_check)  # a training run asks for the same one at every step
+
+
+def _cached(*numbers: Any) -> Spec:
+    return _check(*numbers) if torch.compiler.is_compiling() else _remembered(*numbers)

@@ -102,9 +102,15 @@ def _mass(input: Tensor, target: Tensor, weight: Tensor | None, spec: Spec) -> T
 
 
 def row_grad(
-    input: Tensor, target: Tensor, weight: Tensor | None, spec: Spec, stats: Tensor, upstream: list[Tensor | None]
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    spec: Spec,
+    stats: Tensor,
+    upstream: list[Tensor | None],
+    out: Tensor | None = None,
 ) -> Tensor:
-    """d input from the upstream gradients of (loss, lse, log_prob, entropy), each (N,) or None."""
+    """d input, in `out` if given, from the upstream gradients of (loss, lse, log_prob, entropy), each (N,) or None."""
     with torch.enable_grad():
         x = input.detach().requires_grad_()
         result = row_result(x, target, weight, spec)
@@ -115,7 +121,8 @@ def row_grad(
         rows = rows | (g != 0)
     if upstream[1] is None and upstream[3] is None and not target.is_floating_point():
         rows = rows & (target != spec.ignore_index)
-    return torch.where(rows[:, None], dx, 0)  # exact zeros even where the row holds NaN
+    dx = torch.where(rows[:, None], dx, 0)  # exact zeros even where the row holds NaN
+    return dx if out is None else out.copy_(dx)
 
 
 def refuses(device: torch.device, dtype: torch.dtype, target_dtype: torch.dtype) -> str | None:
