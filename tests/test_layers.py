@@ -20,7 +20,8 @@ LAYERS = [
     {"losses"},
     {"nn"},
     {""},
-    {"bench", "doctor"},
+    {"doctor"},
+    {"bench"},
     {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
