@@ -22,10 +22,12 @@ struct Spec {
 
 inline namespace FASTLOSS_ISA {
 
-// What one row's target contributes. `logit` is z_y; w_sum is the sum of the class weights (V without weights).
+// What one row's target contributes. `logit` + `residue` is z_y, the residue what rounding took from it in float;
+// weight_sum is the sum of the class weights (V without weights).
 template <class F>
 struct RowTarget {
   F logit = 0;
+  F residue = 0;
   F weight = 1;
   F weight_sum = 0;
 };
@@ -60,15 +62,15 @@ FASTLOSS_HD inline RowStats<F> finalize(const Spec& spec, const RowState<F>& s, 
   RowStats<F> row;
   row.centre = s.centre;
   row.log_sum = std::log(s.sum);
-  row.entropy = row.log_sum - s.moment / s.sum;
-  const F smooth = F(spec.label_smoothing) / F(V), sharp = 1 - F(spec.label_smoothing);
+  row.entropy = row.log_sum - quotient(s.moment, s.sum);
+  const F smooth = quotient(F(spec.label_smoothing), F(V)), sharp = 1 - F(spec.label_smoothing);
   const F spread = s.plain - times(s.mass, row.log_sum);  // sum w_j log p_j
   if (spec.soft) {
     row.log_prob = spread;
     row.mass = s.mass;
     *loss = -spread;
   } else {
-    const F log_prob = (y.logit - s.centre) - row.log_sum;
+    const F log_prob = ((y.logit - s.centre) + y.residue) - row.log_sum;
     row.log_prob = log_prob > 0 ? F(0) : log_prob;  // rounding must not make a probability above one
     row.mass = sharp * y.weight + smooth * y.weight_sum;
     *loss = -times(sharp * y.weight, row.log_prob) - times(smooth, spread);
@@ -94,7 +96,7 @@ FASTLOSS_HD inline Coefficients<F> coefficients(const Spec& spec, const RowStats
   } else {
     c.A -= g.log_prob;
     c.B = g.loss * (1 - F(spec.label_smoothing)) * target_weight - g.log_prob;
-    c.C = times(F(spec.label_smoothing) / F(V), g.loss);
+    c.C = times(quotient(F(spec.label_smoothing), F(V)), g.loss);
   }
   return c;
 }

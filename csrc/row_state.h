@@ -17,6 +17,27 @@
 namespace fastloss {
 inline namespace FASTLOSS_ISA {
 
+// a / b. On a GPU a division is a call, around which registers are spilled: there it is a reciprocal, corrected.
+template <class F>
+FASTLOSS_HD inline F quotient(F a, F b) {
+#if defined(__CUDA_ARCH__)
+  F r;
+  if constexpr (sizeof(F) == 4) {
+    asm("rcp.approx.f32 %0, %1;" : "=f"(r) : "f"(b));
+  } else {
+    asm("rcp.approx.ftz.f64 %0, %1;" : "=d"(r) : "d"(b));
+    for (int i = 0; i < 2; ++i) {
+      const F better = fma(fma(-b, r, F(1)), r, r);
+      r = better == better ? better : r;  // of zero or infinity
+    }
+  }
+  const F q = a * r, corrected = fma(fma(-b, q, a), r, q);
+  return corrected == corrected ? corrected : q;
+#else
+  return a / b;
+#endif
+}
+
 template <class F>
 struct RowState {
   F centre = -INFINITY;
@@ -33,7 +54,8 @@ FASTLOSS_HD inline RowState<F> recentre(const RowState<F>& a, F M) {
   if (a.centre == M || a.centre == -INFINITY) return {M, a.sum, a.moment, a.plain, a.mass};
   const F d = a.centre - M;
   const F k = std::exp(d);
-  return {M, k * a.sum, k * (a.moment + d * a.sum), a.plain + (a.mass != 0 ? d * a.mass : F(0)), a.mass};
+  const F moment = k == 0 ? F(0) : k * (a.moment + d * a.sum);  // d may be as large as numbers get: a finite mask
+  return {M, k * a.sum, moment, a.plain + (a.mass != 0 ? d * a.mass : F(0)), a.mass};
 }
 
 template <class F>

@@ -4,7 +4,9 @@
 
 // The instruction sets CMakeLists.txt compiles rows.cpp for, best first; each has a namespace of its own, or the linker
 // could merge an inline function's AVX-512 copy into code that must run everywhere.
-#if defined(__x86_64__)
+#if defined(FASTLOSS_NO_AVX512)
+#define FASTLOSS_FOR_EACH_ISA(X) X(avx2) X(baseline)
+#elif defined(__x86_64__)
 #define FASTLOSS_FOR_EACH_ISA(X) X(avx512_bf16) X(avx512) X(avx2) X(baseline)
 #else
 #define FASTLOSS_FOR_EACH_ISA(X) X(baseline)  // aarch64: NEON

@@ -4,66 +4,16 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
-#include <memory>
 #include <type_traits>
 #include <vector>
 
 #include "parallel.h"
 #include "tiles.h"
+#include "workspace.h"
 
 namespace fastloss {
 inline namespace FASTLOSS_ISA {
 namespace {
-
-// Per-thread memory, kept between calls: O(V) bytes a thread.
-template <class F>
-struct Workspace {
-  F *row = nullptr, *tile = nullptr, *probs = nullptr;
-  double* centre = nullptr;  // the running maximum each tile's exponentials are relative to
-
-  static Workspace& get(int64_t V) {
-    thread_local Workspace w;
-    if (V > w.capacity_) w.grow(V);
-    return w;
-  }
-
- private:
-  struct Free {
-    void operator()(void* p) const { std::free(p); }
-  };
-  std::unique_ptr<void, Free> memory_;
-  int64_t capacity_ = -1;
-
-  void grow(int64_t V) {
-    const int64_t tiles = V / kTile + 1, row_bytes = (tiles + 2) * kTile * int64_t(sizeof(F));
-    const int64_t bytes = row_bytes + (tiles * int64_t(sizeof(double)) + 63) / 64 * 64;
-    memory_.reset(std::aligned_alloc(64, size_t(bytes)));
-    if (!memory_) std::abort();
-    row = static_cast<F*>(memory_.get());
-    tile = row + tiles * kTile;
-    probs = tile + kTile;
-    centre = reinterpret_cast<double*>(probs + kTile);
-    capacity_ = V;
-  }
-};
-
-// Class weights padded with zeros to whole vectors, and their sum; without weights: null and V.
-template <class F>
-struct ClassWeights {
-  std::vector<F> padded_values;
-  double sum;
-  explicit ClassWeights(const Rows& rows) : sum(double(rows.input.cols)) {
-    if (!rows.weight.present()) return;
-    const F* w = static_cast<const F*>(rows.weight.data);
-    padded_values.assign(w, w + rows.input.cols);
-    padded_values.resize(size_t(padded<F>(rows.input.cols)), F(0));
-    sum = 0;
-    for (const F v : padded_values) sum += v;
-  }
-  const F* at(int64_t j) const { return padded_values.empty() ? nullptr : padded_values.data() + j; }
-  double of(int64_t j) const { return padded_values.empty() ? 1 : padded_values[size_t(j)]; }
-};
 
 // A centre may lie this far below the maximum, in units of z: exponentials stay far from overflow, sums lose nothing.
 constexpr double kSlack = 8;
@@ -117,7 +67,10 @@ class Row {
     for (double* v : {&cs.A, &cs.E, &cs.B, &cs.C, &cs.Q}) *v *= spec_.logit_scale;  // the linear part of phi'
     if (!Kept) shift_ = Centre<F>(F(s.centre / scale_), scale_).exact ? F(0) : F(s.centre / scale_);
     const double origin = s.centre - shift_ * double(scale_);  // s.centre in the units of the tiles
-    const Centre<F> centre(F(origin / scale_), scale_);
+    // Statistics in float32 of logits near 1e10: the centre's rounding is in log_sum, and exponentials around it
+    // vanish.
+    const double anchor = std::abs(s.log_sum) > 64 ? origin + s.log_sum : origin;
+    const Centre<F> centre(F(anchor / scale_), scale_);
     const F k = F(std::exp((centre.value - origin) - s.log_sum)), m = F(origin);
     const Coefficients<F> cf{F(cs.A + times(cs.E, m - origin)), F(cs.E), F(cs.B), F(cs.C), F(cs.Q)};
     for_tiles([&](int64_t j, int64_t n, int64_t t) {
@@ -245,12 +198,10 @@ class Row {
       });
       return;
     }
-    read_tile<F>(x, dtype, n, -INFINITY, buf);
-    if (cap_ > 0) {
-      softcap_tile<F>(buf, padded<F>(n), cap_, F(spec_.logit_scale));
-      std::fill(buf + n, buf + padded<F>(n), F(-INFINITY));
-    }
+    read_tile<F>(x, dtype, n, buf);
+    if (cap_ > 0) softcap_tile<F>(buf, padded<F>(n), cap_, F(spec_.logit_scale));
     if (shift_ != 0) subtract_tile<F>(buf, padded<F>(n), shift_);
+    pad_tile<F>(buf, n, -INFINITY);
     fn(Native<F>{}, static_cast<const F*>(buf), padded<F>(n));
   }
 
@@ -260,15 +211,15 @@ class Row {
     const char* q = rows_.probs.row(i) + j * size_of(dtype);
     const bool as_is = n % kLanes<F> == 0 && spec_.label_smoothing == 0 && !weights_.at(j);
     if (as_is && size_of(dtype) == sizeof(F)) return reinterpret_cast<const F*>(q);
-    read_tile<F>(q, dtype, n, F(0), ws_.probs);
+    read_tile<F>(q, dtype, n, ws_.probs);
     smooth_probs_tile<F>(ws_.probs, padded<F>(n), weights_.at(j), F(spec_.label_smoothing), V_);
-    std::fill(ws_.probs + n, ws_.probs + padded<F>(n), F(0));
+    pad_tile<F>(ws_.probs, n, 0);
     return ws_.probs;
   }
 
   static double element(const Matrix& m, int64_t i, int64_t j) {
     F lane[kLanes<F>];
-    read_tile<F>(m.row(i) + j * size_of(m.dtype), m.dtype, 1, F(0), lane);
+    read_tile<F>(m.row(i) + j * size_of(m.dtype), m.dtype, 1, lane);
     return lane[0];
   }
 

@@ -1,28 +1,11 @@
 // The CPU kernels, compiled once per instruction set (rows.cpp) and chosen at run time (dispatch.cpp).
 #pragma once
 
-#include "../row_loss.h"
+#include "../rows.h"
 
 namespace fastloss {
 
-// Rows of logits with their targets: class indices, or class probabilities when spec.soft. Vectors are in the compute
-// type: float64 for float64 logits, float32 for all others.
-struct Rows {
-  Matrix input;
-  Matrix probs;
-  const int64_t* target = nullptr;
-  int64_t ignore_index = -100;
-  Vector weight;  // (V,) contiguous
-  Spec spec;
-  int threads = 1;
-
-  bool ignored(int64_t i) const { return !spec.soft && target[i] == ignore_index; }
-};
-
 enum class Reduction : int { kNone, kMean, kSum };
-
-// Statistics as five vectors of N in one array: centre, log_sum, log_prob, mass, entropy.
-constexpr int kStats = 5;
 
 struct RowOutputs {
   void* loss = nullptr;       // (N,)
@@ -40,9 +23,6 @@ struct Reduced {
   Matrix grad;             // data == nullptr: the loss alone
   bool streaming = false;  // write the gradient past the caches
 };
-
-// RowState<double> as numbers: centre, sum, moment, plain, mass.
-constexpr int kStates = 5;
 
 // A kernel table: `..._states` what each row's part of the vocabulary contributes, for `merge_states`; `..._loss`
 // statistics and losses; `..._grad` the gradient from them; `..._loss_grad` both at once, each row's gradient while the

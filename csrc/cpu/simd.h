@@ -43,8 +43,9 @@ using Int = typename SimdTypes<F>::Int;
 template <class F>
 constexpr int kLanes = kVectorBytes / int(sizeof(F));
 
-// 16-bit floats travel as bits, one per float lane.
+// 16-bit floats travel as bits: one per float lane, or a whole vector of them for two vectors of floats.
 typedef uint16_t Half __attribute__((vector_size(kVectorBytes / 2)));
+typedef uint16_t Halves __attribute__((vector_size(kVectorBytes)));
 typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
 
 template <class V, class T>
@@ -110,15 +111,7 @@ inline void stream(float* p, Vec<float> v) {
 #endif
 }
 inline void stream(double* p, Vec<double> v) { stream(reinterpret_cast<float*>(p), (Vec<float>)v); }
-inline void stream(uint16_t* p, Half v) {
-#if defined(__AVX512F__)
-  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)v);
-#elif defined(__AVX2__)
-  _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)v);
-#else
-  store(p, v);
-#endif
-}
+inline void stream(uint16_t* p, Halves v) { stream(reinterpret_cast<float*>(p), (Vec<float>)v); }
 inline void stream_fence() {
 #if defined(__SSE2__)
   _mm_sfence();
@@ -141,13 +134,37 @@ inline Bits widen(Half h) {
 
 inline Vec<float> from_bfloat16(Half h) { return (Vec<float>)(widen(h) << 16); }
 
-inline Half to_bfloat16(Vec<float> v) {
-#if defined(__AVX512BF16__)
-  return (Half)_mm512_cvtneps_pbh((__m512)v);
+inline Halves join(Half low, Half high) {
+#if defined(__AVX512F__)
+  return (Halves)_mm512_inserti64x4(_mm512_castsi256_si512((__m256i)low), (__m256i)high, 1);
+#elif defined(__AVX2__)
+  return (Halves)_mm256_inserti128_si256(_mm256_castsi128_si256((__m128i)low), (__m128i)high, 1);
 #else
+  typedef uint64_t Words __attribute__((vector_size(kVectorBytes)));
+  return (Halves)Words{(uint64_t)low, (uint64_t)high};
+#endif
+}
+
+// Of two vectors of lanes below 2^16.
+inline Halves narrow(Bits low, Bits high) {
+#if defined(__AVX2__) && !defined(__AVX512F__)  // packs within 128-bit lanes; GCC would do either vector alone
+  return (Halves)_mm256_permute4x64_epi64(_mm256_packus_epi32((__m256i)low, (__m256i)high), 0xd8);
+#else
+  return join(__builtin_convertvector(low, Half), __builtin_convertvector(high, Half));
+#endif
+}
+
+inline Bits bfloat16_bits(Vec<float> v) {
   const Bits bits = (Bits)v;
   const Bits nearest_even = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  return __builtin_convertvector(v != v ? Bits{} + 0x7fc0u : nearest_even, Half);
+  return v != v ? Bits{} + 0x7fc0u : nearest_even;
+}
+
+inline Halves to_bfloat16(Vec<float> low, Vec<float> high) {
+#if defined(__AVX512BF16__)
+  return join((Half)_mm512_cvtneps_pbh((__m512)low), (Half)_mm512_cvtneps_pbh((__m512)high));
+#else
+  return narrow(bfloat16_bits(low), bfloat16_bits(high));
 #endif
 }
 
@@ -181,26 +198,32 @@ inline Half to_float16(Vec<float> v) {
 #endif
 }
 
-// Element types: how `count` lanes of T become compute lanes and back.
+// Element types: how a vector of compute lanes is read from memory, and what k times kPacked of them are as a vector.
 struct Float32 {
   using Storage = float;
   static Vec<float> get(const float* p) { return load(p); }
-  static Vec<float> put(Vec<float> v) { return v; }
+  static constexpr int kPacked = kLanes<float>;
+  static Vec<float> pack(const float* v, float k) { return load(v) * k; }
 };
 struct Float64 {
   using Storage = double;
   static Vec<double> get(const double* p) { return load(p); }
-  static Vec<double> put(Vec<double> v) { return v; }
+  static constexpr int kPacked = kLanes<double>;
+  static Vec<double> pack(const double* v, double k) { return load(v) * k; }
 };
 struct BFloat16 {
   using Storage = uint16_t;
   static Vec<float> get(const uint16_t* p) { return from_bfloat16(load_as<Half>(p)); }
-  static Half put(Vec<float> v) { return to_bfloat16(v); }
+  static constexpr int kPacked = 2 * kLanes<float>;
+  static Halves pack(const float* v, float k) { return to_bfloat16(load(v) * k, load(v + kLanes<float>) * k); }
 };
 struct Float16 {
   using Storage = uint16_t;
   static Vec<float> get(const uint16_t* p) { return from_float16(load_as<Half>(p)); }
-  static Half put(Vec<float> v) { return to_float16(v); }
+  static constexpr int kPacked = 2 * kLanes<float>;
+  static Halves pack(const float* v, float k) {
+    return join(to_float16(load(v) * k), to_float16(load(v + kLanes<float>) * k));
+  }
 };
 
 // Calls f with the element type that `dtype` names, among those that compute in F.
@@ -299,15 +322,15 @@ struct Centre {
   }
 };
 
-// tanh(x) = m / (m + 2) with m = e^(2x) - 1, which keeps its digits near zero; saturated where tanh rounds to one.
+// tanh(x) = m / (m + 2) with m = e^(2x) - 1, which keeps its digits near zero. Large x stop where tanh has long rounded
+// to one, or m would overflow; for small ones the exponential ends at zero by itself. Keeps a NaN.
 template <class F>
 inline Vec<F> tanh(Vec<F> x) {
   const F bound = sizeof(F) == 4 ? 10 : 20;
-  const Vec<F> y = x < bound ? (x > -bound ? x : broadcast<F>(-bound)) : broadcast<F>(bound);
-  const auto p = Centre<F>(0, 2).split(y);
+  const auto p = Centre<F>(0, 2).split(-max(broadcast(-bound), -x));  // min(x, bound)
   const Vec<F> s = exp2_scale<F>(p.rounded);
   const Vec<F> m = exp2_fraction<F>(p.f) * s + (s - 1);
-  return x != x ? x : m / (m + 2);
+  return m / (m + 2);
 }
 
 }  // namespace FASTLOSS_ISA

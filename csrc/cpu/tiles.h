@@ -23,9 +23,9 @@ inline void prefetch_after(const T* p, int count) {
   for (int b = 0; b < count * int(sizeof(T)); b += 64) prefetch(reinterpret_cast<const char*>(p) + kAhead + b);
 }
 
-// Fills buf[0, padded(n)) from n elements of any dtype; the padding gets `fill`.
+// Fills buf from n elements of any dtype, in whole vectors: pad_tile comes after whatever else is done to the tile.
 template <class F>
-inline void read_tile(const void* src, DType dtype, int64_t n, F fill, F* buf) {
+inline void read_tile(const void* src, DType dtype, int64_t n, F* buf) {
   visit<F>(dtype, [&](auto element) {
     using E = decltype(element);
     using T = typename E::Storage;
@@ -39,8 +39,12 @@ inline void read_tile(const void* src, DType dtype, int64_t n, F fill, F* buf) {
     T tail[kLanes<F>] = {};
     std::memcpy(tail, p + i, size_t(n - i) * sizeof(T));
     store(buf + i, E::get(tail));
-    for (int64_t j = n; j < padded<F>(n); ++j) buf[j] = fill;
   });
+}
+
+template <class F>
+inline void pad_tile(F* buf, int64_t n, F fill) {
+  for (int64_t j = n; j < padded<F>(n); ++j) buf[j] = fill;
 }
 
 // Writes n elements k g; `streaming` bypasses the caches over the part of dst aligned to its vectors.
@@ -49,21 +53,21 @@ inline void write_tile(const F* g, F k, void* dst, DType dtype, int64_t n, bool 
   visit<F>(dtype, [&](auto element) {
     using E = decltype(element);
     using T = typename E::Storage;
-    constexpr int kBytes = kLanes<F> * int(sizeof(T));
+    constexpr int kBytes = E::kPacked * int(sizeof(T));
     T* p = static_cast<T*>(dst);
     const auto put = [&](int64_t i, int64_t count) {  // fewer lanes than a vector
-      F in[kLanes<F>] = {};
+      F in[E::kPacked] = {};
       std::memcpy(in, g + i, size_t(count) * sizeof(F));
-      const auto v = E::put(load(in) * k);
+      const auto v = E::pack(in, k);
       std::memcpy(p + i, &v, size_t(count) * sizeof(T));
     };
     int64_t i = 0;
-    if (streaming && n >= kLanes<F>) {
+    if (streaming && n >= E::kPacked) {
       const int64_t head = int64_t((-reinterpret_cast<uintptr_t>(p) % kBytes) / sizeof(T));
       if (head) put(0, head);
-      for (i = head; i + kLanes<F> <= n; i += kLanes<F>) stream(p + i, E::put(load(g + i) * k));
+      for (i = head; i + E::kPacked <= n; i += E::kPacked) stream(p + i, E::pack(g + i, k));
     } else {
-      for (; i + kLanes<F> <= n; i += kLanes<F>) store(p + i, E::put(load(g + i) * k));
+      for (; i + E::kPacked <= n; i += E::kPacked) store(p + i, E::pack(g + i, k));
     }
     if (i < n) put(i, n - i);
   });
