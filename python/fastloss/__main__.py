@@ -25,6 +25,7 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument("--quick", action="store_true", help="small shapes, few rounds: a smoke test, no measurement")
     bench.add_argument("--out", default="out/bench", metavar="DIR", help="for report.json and report.png (%(default)s)")
     bench.add_argument("--threads", type=_positive, metavar="N", help="threads (default: torch.get_num_threads())")
+    bench.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, xpu: where to measure (%(default)s)")
     bench.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which needs a C++ compiler")
     return parser
 
@@ -40,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.command == "bench":
         from . import bench
 
-        return bench.main(arguments.quick, arguments.out, arguments.threads, compiled=not arguments.no_compile)
+        compiled = not arguments.no_compile
+        return bench.main(arguments.quick, arguments.out, arguments.threads, compiled, arguments.device)
     parser.print_help()
     return 0
 

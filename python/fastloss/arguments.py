@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .spec import Spec
+
 _INDEX_DTYPES = (torch.int64, torch.int32, torch.uint8)
 _autocast_exists = torch.amp.is_autocast_available
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
@@ -54,7 +56,7 @@ def _class_rows(x: Tensor) -> Tensor:
         return x
     if x.dim() < 2:
         return x.reshape(1, -1)
-    return x.movedim(1, -1).reshape(-1, x.shape[1])
+    return x.movedim(1, -1).flatten(0, -2)
 
 
 def _check_index_shape(input: Tensor, target: Tensor) -> None:
@@ -81,20 +83,35 @@ def _check_index_shape(input: Tensor, target: Tensor) -> None:
         raise RuntimeError(f"Expected target size {list(expected)}, got {list(got)}")
 
 
-def check_weight(weight: Tensor, input: Tensor, rows: Tensor, soft: bool) -> None:
-    """Class weights: one per class, and of the logits' dtype where torch demands it."""
-    V = rows.shape[1]
+def as_class_weights(weight: Tensor, input: Tensor, target: Tensor, classes: int, spec: Spec, reduction: str) -> Tensor:
+    """Class weights as (V,): one per class, and of the logits' dtype where torch demands it; target as in as_rows."""
     if not isinstance(weight, Tensor):
         raise TypeError(f"cross_entropy(): argument 'weight' (position 3) must be Tensor, not {type(weight).__name__}")
-    if weight.dim() != 1 or weight.numel() != V:
+    soft = target.is_floating_point()
+    # With class indices for logits of 3 or more dimensions torch only counts the weights.
+    takes_any_shape = not soft and input.dim() > 2
+    if weight.numel() != classes or (weight.dim() != 1 and not takes_any_shape):
         raise RuntimeError(
-            f"weight tensor should be defined either for all {V} classes or no classes but got weight tensor of "
+            f"weight tensor should be defined either for all {classes} classes or no classes but got weight tensor of "
             f"shape: {list(weight.shape)}"
         )
     if weight.device != input.device:
         raise RuntimeError(f"weight: expected a tensor on {input.device}, got one on {weight.device}")
     if not soft and weight.dtype != input.dtype and not _under_autocast(input):
         raise RuntimeError(f"weight: expected scalar type of input, {input.dtype}, but found {weight.dtype}")
+    if weight.dim() == 1:
+        return weight
+    if spec.label_smoothing:
+        _check_smoothed_weight(weight, target, classes, spec, reduction)
+    return weight.reshape(-1)
+
+
+def _check_smoothed_weight(weight: Tensor, target: Tensor, classes: int, spec: Spec, reduction: str) -> None:
+    """torch's label smoothing takes the first dimension for the classes, and its mean looks targets up in a vector."""
+    if weight.size(0) != classes or (reduction == "mean" and bool((target != spec.ignore_index).any())):
+        raise RuntimeError(
+            f"weight: expected a tensor of shape ({classes},) with label_smoothing, got {tuple(weight.shape)}"
+        )
 
 
 def check_token_weight(token_weight: Tensor, N: int, like: Tensor, shape: torch.Size) -> Tensor:

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 
 import fastloss
 
-from .backends import BACKENDS, native, refusals, use_backend
+from .backends import BACKENDS, cuda, native, refusals, use_backend
 
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _VARIABLES = ("FASTLOSS_BACKEND", "FASTLOSS_ISA", "THP_MEM_ALLOC_ENABLE", "OMP_NUM_THREADS")
@@ -49,6 +50,8 @@ def build_facts() -> dict[str, Any]:
         "fastloss": fastloss.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
+        "cuda": _cuda_facts(),
+        "triton": _version("triton"),
     }
     module = native._native
     if module is None:
@@ -61,6 +64,20 @@ def build_facts() -> dict[str, Any]:
         "isa": module.current_isa(),
         "team": module.team_kind(),
     }
+
+
+def _cuda_facts() -> str:
+    built = cuda.module()
+    if isinstance(built, str):
+        return built
+    return f"kernels for compute capabilities {built.architectures.replace(' ', ', ')}; {built.driver_report()}"
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def machine_facts() -> dict[str, Any]:
@@ -103,36 +120,43 @@ def _choice(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def self_test() -> list[dict[str, Any]]:
-    """cross_entropy against F.cross_entropy in float64: the kernels on each instruction set, and the other backends."""
+    """cross_entropy against F.cross_entropy in float64, on every device and backend that would run it: the native
+    kernels on each instruction set."""
     results = []
-    for backend in BACKENDS:
-        cpu = torch.device("cpu")
-        if backend.refuses(cpu, torch.float32, torch.int64) is not None:
-            continue
-        with use_backend(backend.name):
-            if backend.name != "cpu":
-                results.append(_test(backend.name, None))
+    for device in _devices():
+        for backend in BACKENDS:
+            if backend.refuses(device, torch.float32, torch.int64) is not None:
                 continue
-            before = native._native.current_isa()
-            try:
-                for isa in native._native.available_isas():
-                    native._native.use_isa(isa)
-                    results.append(_test(backend.name, isa))
-            finally:
-                native._native.use_isa(before)
+            with use_backend(backend.name):
+                if backend.name == "cpu":
+                    results += _test_isas(device)
+                else:
+                    results.append(_test(backend.name, None, device))
     return results
 
 
-def _test(backend: str, isa: str | None) -> dict[str, Any]:
+def _test_isas(device: torch.device) -> list[dict[str, Any]]:
+    before = native._native.current_isa()
+    results = []
+    try:
+        for isa in native._native.available_isas():
+            native._native.use_isa(isa)
+            results.append(_test("cpu", isa, device))
+    finally:
+        native._native.use_isa(before)
+    return results
+
+
+def _test(backend: str, isa: str | None, device: torch.device) -> dict[str, Any]:
     errors, passed = {}, True
     for dtype in _DTYPES:
-        loss, grad = _errors(dtype)
+        loss, grad = _errors(dtype, device)
         errors[str(dtype).removeprefix("torch.")] = {"loss": loss, "grad": grad}
         passed &= max(loss, grad) <= _TOLERANCE[dtype]  # False for NaN too
-    return {"backend": backend, "isa": isa, "passed": passed, "errors": errors}
+    return {"backend": backend, "isa": isa, "device": str(device), "passed": passed, "errors": errors}
 
 
-def _errors(dtype: torch.dtype) -> tuple[float, float]:
+def _errors(dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
     """Largest error of loss and gradient over their largest value; odd sizes, an ignored row, masked classes."""
     generator = torch.Generator().manual_seed(0)
     N, V = 37, 3001
@@ -140,6 +164,8 @@ def _errors(dtype: torch.dtype) -> tuple[float, float]:
     x[:, -7:] = -torch.inf
     target = torch.randint(0, V - 7, (N,), generator=generator)
     target[3] = -100
+
+    x, target = x.to(device), target.to(device)
 
     def run(loss: Any, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         logits = logits.clone().requires_grad_()
@@ -168,10 +194,10 @@ def _show(report: dict[str, Any]) -> None:
     ]
     _table("backend of a call", ("device", "dtype", "chosen", "the others"), choices)
     tests = [
-        (t["backend"], t["isa"] or "", "ok" if t["passed"] else "FAILED", _worst(t["errors"]))
+        (t["backend"], t["isa"] or t["device"], "ok" if t["passed"] else "FAILED", _worst(t["errors"]))
         for t in report["self_test"]
     ]
-    _table("self-test: largest relative error against float64", ("backend", "isa", "", "loss / gradient"), tests)
+    _table("self-test: largest relative error against float64", ("backend", "on", "", "loss / gradient"), tests)
     print("healthy" if report["healthy"] else "NOT healthy: a self-test failed, or nothing could be tested")
 
 

@@ -167,10 +167,9 @@ def cross_entropy(
     if input.device != target.device:
         raise RuntimeError(f"target: expected a tensor on {input.device} like input, got one on {target.device}")
     spec = make_spec(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
-    x, y = arguments.as_rows(input, target, ignore_index)
-    soft = y.is_floating_point()
+    x, y = arguments.as_rows(input, target, spec.ignore_index)
     if weight is not None:
-        arguments.check_weight(weight, input, x, soft)
+        weight = arguments.as_class_weights(weight, input, y, x.shape[1], spec, reduction)
     if token_weight is not None:
         token_weight = arguments.check_token_weight(token_weight, x.shape[0], x, _row_shape(input, target))
     if normalizer is not None:

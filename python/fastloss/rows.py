@@ -134,19 +134,20 @@ _expected_upstream = 1.0
 
 
 class Reduced(torch.autograd.Function):
-    """(input, (target, weight, token_weight, normalizer, spec, reduction, out_dtype), compute, inplace) -> scalar loss,
-    in two arguments: autograd takes its time for each, and a small call has little of it."""
+    """(input, ((target, weight, token_weight, normalizer, spec, reduction, out_dtype), backend, inplace)) -> scalar
+    loss, in two arguments: autograd takes its time for each, and a small call has little of it."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, call: tuple[Any, ...]) -> Tensor:
-        args, compute, inplace = call
+        args, backend, inplace = call
         # Read once: other threads may change it meanwhile. Logits that are overwritten leave no second chance, and
-        # their gradient is made for one, so that a guess cannot show in its bits.
-        expected = 1.0 if inplace else _expected_upstream
-        loss, grad = compute(input, *args, expected, True, input.detach() if inplace else None)
+        # their gradient is made for one, so that a guess cannot show in its bits. So is one on a device, which learns
+        # its upstream gradient only when the backward runs there.
+        expected = 1.0 if inplace or backend.rescale else _expected_upstream
+        loss, grad, stats = backend.row_loss_grad(input, *args, expected, True, input.detach() if inplace else None)
         if inplace:
             _tell_overwritten(input)
-        ctx.state = [grad, expected, call]
+        ctx.state = [grad, stats, expected, call]
         ctx.save_for_backward(None if inplace else input, *args[:4])
         return loss
 
@@ -155,10 +156,12 @@ class Reduced(torch.autograd.Function):
         if _needs_formula(upstream):
             return _reduced_formula(ctx, upstream), None
         state = ctx.state
-        grad, expected, _ = state
+        grad, _, expected, call = state
         state[0] = None  # this node must not keep it alive, or .grad would be a copy
-        if grad is None or upstream.item() != expected:
-            grad = _grad_again(ctx, grad, upstream.item())
+        if call[1].rescale:
+            grad = _grad_again(ctx, grad, upstream)
+        elif grad is None or upstream.item() != expected:
+            grad = _grad_again(ctx, grad, _remembered(upstream.item()))
         return grad, None
 
 
@@ -166,24 +169,28 @@ class Reduced(torch.autograd.Function):
 _apply_reduced = super(torch.autograd.Function, Reduced).apply
 
 
-def _grad_again(ctx: Any, grad: Tensor | None, upstream: float) -> Tensor:
-    """The gradient for another upstream than the forward expected, into the same memory if it is still there."""
+def _remembered(upstream: float) -> float:
     global _expected_upstream
     if upstream != 0 and upstream - upstream == 0:  # finite
         _expected_upstream = upstream
-    _, expected, ((*_, spec, reduction, out_dtype), compute, inplace) = ctx.state
-    if inplace:
-        if grad is None:
-            _refuse_inplace_twice(True)
+    return upstream
+
+
+def _grad_again(ctx: Any, grad: Tensor | None, upstream: float | Tensor) -> Tensor:
+    """The gradient for another upstream than the forward expected, into the same memory if it is still there. A tensor
+    stays on its device: where it turns out to be one, nothing is computed there."""
+    _, stats, expected, ((*_, spec, reduction, out_dtype), backend, inplace) = ctx.state
+    if not inplace:
+        try:
+            tensors = ctx.saved_tensors
+        except RuntimeError:  # the caller changed the logits since; torch's own loss would not mind
+            if grad is None:
+                raise
         else:
-            return grad.mul_(upstream / expected)
-    try:
-        tensors = ctx.saved_tensors
-    except RuntimeError:  # the caller changed the logits since; torch's own loss would not mind
-        if grad is None:
-            raise
-        return grad.mul_(upstream / expected)
-    return compute(*tensors, spec, reduction, out_dtype, upstream, True, grad)[1]
+            return backend.row_loss_grad(*tensors, spec, reduction, out_dtype, upstream, True, grad, stats)[1]
+    _refuse_inplace_twice(grad is None)
+    assert grad is not None
+    return grad.mul_(upstream / expected) if backend.rescale is None else backend.rescale(grad, upstream)
 
 
 def _needs_formula(upstream: Tensor | None) -> bool:
@@ -193,7 +200,7 @@ def _needs_formula(upstream: Tensor | None) -> bool:
 
 def _reduced_formula(ctx: Any, upstream: Tensor) -> Tensor:
     """The gradient as a differentiable function of the logits and of the upstream gradient."""
-    (*_, spec, reduction, _), _, inplace = ctx.state[2]
+    (*_, spec, reduction, _), _, inplace = ctx.state[3]
     _refuse_inplace_twice(inplace)
     input, target, weight, token_weight, normalizer = ctx.saved_tensors
 
@@ -240,12 +247,12 @@ def reduced(
     """The mean or summed loss in one pass; None where only `per_row` will do."""
     if not _eager(input):
         return None
-    compute = choose(input, target).row_loss_grad
-    if compute is None:
+    backend = choose(input, target)
+    if backend.row_loss_grad is None:
         return None
     args = (target, weight, token_weight, normalizer, spec, reduction, out_dtype)
     if not (input.requires_grad and _grad_enabled()):
-        return compute(input, *args, 1.0, False)[0]
+        return backend.row_loss_grad(input, *args, 1.0, False)[0]
     if _saved_hooks(True) is not None:  # activation checkpointing, offloading: keep nothing of size V here
         return None
-    return _apply_reduced(input, (args, compute, inplace))
+    return _apply_reduced(input, (args, backend, inplace))

@@ -8,6 +8,14 @@ from typing import Any, NamedTuple
 
 import torch
 
+_NUMBERS: tuple[type, ...] = (float, int, torch.SymFloat, torch.SymInt)
+try:
+    import numpy
+except ImportError:  # torch works without it
+    pass
+else:
+    _NUMBERS += (numpy.number, numpy.bool_)
+
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
 
@@ -24,7 +32,7 @@ class Spec(NamedTuple):
 def make_spec(
     ignore_index: Any, label_smoothing: Any, z_loss: Any = 0.0, softcap: Any = None, logit_scale: Any = 1.0
 ) -> Spec:
-    """A checked `Spec`. Numbers may come as torch's argument parser takes them: NumPy's, or tensors of one element."""
+    """A checked `Spec`. Numbers may come as torch's argument parser takes them: NumPy's, or in 0-d tensors."""
     return _cached(
         ignore_index if type(ignore_index) is int else _integer("ignore_index", ignore_index),
         label_smoothing if type(label_smoothing) is float else _real("label_smoothing", label_smoothing),
@@ -35,7 +43,7 @@ def make_spec(
 
 
 def _integer(name: str, value: Any) -> int:
-    if not isinstance(value, (bool, float)):
+    if not isinstance(value, (bool, float)) and not (isinstance(value, torch.Tensor) and value.dtype is torch.bool):
         try:
             return operator.index(value)
         except TypeError:
@@ -44,12 +52,14 @@ def _integer(name: str, value: Any) -> int:
 
 
 def _real(name: str, value: Any) -> float:
-    if not isinstance(value, (str, bytes)):
-        try:
-            return float(value)
-        except (TypeError, ValueError):
-            pass
-    raise TypeError(f"cross_entropy(): argument '{name}' must be float, not {type(value).__name__}")
+    # What torch's argument parser takes for a float; a tensor's number must not lose a gradient on the way.
+    if isinstance(value, torch.Tensor):
+        number = value.dim() == 0 and not value.requires_grad
+    else:
+        number = isinstance(value, _NUMBERS)
+    if not number:
+        raise TypeError(f"cross_entropy(): argument '{name}' must be float, not {type(value).__name__}")
+    return float(value)
 
 
 def _positive(name: str, value: Any) -> float:

@@ -10,22 +10,39 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import native, reference
+from . import cuda, device, native, reference, triton
 
 
 class Backend(NamedTuple):
-    """Functions that compute rows. `row_loss_grad`, loss and gradient in one pass, may be missing."""
+    """Functions that compute rows. `row_loss_grad`, loss and gradient in one pass, may be missing. With `rescale` the
+    upstream gradient of a reduced loss is read on the device; without it, on the host."""
 
     name: str
+    runs_on: str
     refuses: Callable[[torch.device, torch.dtype, torch.dtype], str | None]
     row_loss: Callable[..., tuple[Tensor, Tensor, Tensor]]
     row_grad: Callable[..., Tensor]
-    row_loss_grad: Callable[..., tuple[Tensor, Tensor | None]] | None = None
+    row_loss_grad: Callable[..., tuple[Tensor, Tensor | None, Tensor | None]] | None = None
+    rescale: Callable[[Tensor, Tensor], Tensor] | None = None
+
+
+def _on_device(
+    name: str, runs_on: str, refuses: Callable[..., str | None], kernels: Callable[[], device.Kernels]
+) -> Backend:
+    """A backend of `device.Kernels`, which are made when they are first needed."""
+
+    def lazily(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: function(kernels(), *args, **kwargs)
+
+    row_loss, row_grad = lazily(device.row_loss), lazily(device.row_grad)
+    return Backend(name, runs_on, refuses, row_loss, row_grad, lazily(device.row_loss_grad), lazily(device.rescale))
 
 
 BACKENDS = (
-    Backend("cpu", native.refuses, native.row_loss, native.row_grad, native.row_loss_grad),
-    Backend("reference", reference.refuses, reference.row_loss, reference.row_grad),
+    Backend("cpu", "CPUs: x86-64, aarch64", native.refuses, native.row_loss, native.row_grad, native.row_loss_grad),
+    _on_device("cuda", "NVIDIA GPUs, compute capability 8.0 and later", cuda.refuses, cuda.kernels),
+    _on_device("triton", "GPUs that Triton knows: NVIDIA, AMD, Intel", triton.refuses, triton.kernels),
+    Backend("reference", "all that torch runs on", reference.refuses, reference.row_loss, reference.row_grad),
 )
 
 _forced: str | None = None

@@ -17,7 +17,7 @@ except ImportError as error:  # a source tree, or a wheel built without its kern
     _native = None  # type: ignore[assignment]
     _import_error = str(error)
 
-_DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _num_threads = torch.get_num_threads
 _RECYCLE_BYTES = 8 << 20  # below this, malloc itself keeps memory warm
 
@@ -34,7 +34,7 @@ def refuses(device: torch.device, dtype: torch.dtype, target_dtype: torch.dtype)
         return f"fastloss._native is not built: {_import_error}"
     if device.type != "cpu":
         return f"runs on cpu tensors, not on {device.type}"
-    if dtype not in _DTYPE_CODES:
+    if dtype not in DTYPE_CODES:
         return f"takes float32, bfloat16, float16 or float64, not {dtype}"
     return None
 
@@ -49,30 +49,32 @@ def empty_grad(input: Tensor) -> tuple[Tensor, bool]:
 
 
 def _rows(input: Tensor, target: Tensor, weight: Tensor | None, spec: Spec) -> tuple[tuple[Any, ...], Any]:
-    """The kernels' description of the rows (bindings.cpp, parse_rows), and the tensors that own its memory."""
-    N, V = input.shape
-    if V > 1 and input.stride(1) != 1:
+    """The rows as the kernels read them, and the tensors that own their memory."""
+    if input.shape[1] > 1 and input.stride(1) != 1:
         input = input.contiguous()
     dtype = input.dtype
-    soft = target.dtype is not torch.int64
-    stride = code = 0
-    if soft:
-        target = _as_probs(target, dtype)
-        stride, code = target.stride(0), _DTYPE_CODES[target.dtype]
+    if target.dtype is not torch.int64:
+        target = as_probs(target, dtype)
     elif not target.is_contiguous():
         target = target.contiguous()
-    address = 0
     if weight is not None:
         weight = weight.detach().to(COMPUTE_DTYPE[dtype]).contiguous()
-        address = weight.data_ptr()
-    logits = (input.data_ptr(), N, V, input.stride(0), _DTYPE_CODES[dtype])
-    fields = (*logits, soft, target.data_ptr(), stride, code, address, *spec, _num_threads())
-    return fields, (input, target, weight)
+    return rows_fields(input, target, weight, spec, _num_threads()), (input, target, weight)
 
 
-def _as_probs(q: Tensor, dtype: torch.dtype) -> Tensor:
+def rows_fields(input: Tensor, target: Tensor, weight: Tensor | None, spec: Spec, threads: int = 1) -> tuple[Any, ...]:
+    """What csrc/python.h, parse_rows, reads: tensors must be as it expects them."""
+    N, V = input.shape
+    soft = target.dtype is not torch.int64
+    stride, code = (target.stride(0), DTYPE_CODES[target.dtype]) if soft else (0, 0)
+    address = 0 if weight is None else weight.data_ptr()
+    logits = (input.data_ptr(), N, V, input.stride(0), DTYPE_CODES[input.dtype])
+    return (*logits, soft, target.data_ptr(), stride, code, address, *spec, threads)
+
+
+def as_probs(q: Tensor, dtype: torch.dtype) -> Tensor:
     """Class probabilities in a dtype that the kernels read beside logits of `dtype`, classes contiguous."""
-    if (q.dtype == torch.float64) != (dtype == torch.float64) or q.dtype not in _DTYPE_CODES:
+    if (q.dtype == torch.float64) != (dtype == torch.float64) or q.dtype not in DTYPE_CODES:
         q = q.to(COMPUTE_DTYPE[dtype])
     return q.contiguous() if q.shape[1] > 1 and q.stride(1) != 1 else q
 
@@ -139,8 +141,9 @@ def row_loss_grad(
     upstream: float,
     need_grad: bool,
     out: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """The reduced loss and, `upstream` times, its gradient: each row's while the row is in cache."""
+    stats: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The reduced loss and, `upstream` times, its gradient: each row's while the row is in cache. No statistics."""
     rows, owners = _rows(input, target, weight, spec)
     if token_weight is not None:
         token_weight = token_weight.contiguous()
@@ -158,7 +161,14 @@ def row_loss_grad(
         streaming,
     )
     del owners
-    return torch.scalar_tensor(value, dtype=out_dtype), grad
+    return _scalar(value, out_dtype), grad, None
+
+
+def _scalar(value: float, dtype: torch.dtype) -> Tensor:
+    try:
+        return torch.scalar_tensor(value, dtype=dtype)
+    except RuntimeError:  # too large for it: infinity, as torch's sum would be
+        return torch.tensor(value, dtype=torch.float64).to(dtype)
 
 
 def empty_cache() -> int:

@@ -7,9 +7,15 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from .cases import Case
+    from .report import Report
 
 _EXTRA = ("matplotlib", "psutil", "rich")
 
@@ -22,30 +28,55 @@ def missing() -> str | None:
     return f"the benchmark needs {', '.join(absent)}: pip install 'fastloss[bench]'"
 
 
-def main(quick: bool, out: str, threads: int | None = None, compiled: bool = True) -> int:
+def main(quick: bool, out: str, threads: int | None = None, compiled: bool = True, device: str = "cpu") -> int:
     """Measures, prints the tables, writes report.json and report.png into `out`; returns the exit status."""
     if absent := missing():
         print(absent, file=sys.stderr)
         return 1
-    from . import measure, records, report
+    from . import records, report
     from .cases import Settings, cases
+    from .devices import Unavailable, open_device
 
+    try:
+        opened = open_device(device)
+    except Unavailable as why:
+        print(f"--device {device}: {why}", file=sys.stderr)
+        return 1
     if threads is not None:
         torch.set_num_threads(threads)
-    settings = Settings.quick(compiled) if quick else Settings(compiled=compiled)
-    results = report.Report(settings)
-    for case in cases(quick):
-        print(f"measuring {case} ...", file=sys.stderr, flush=True)
-        if why := measure.not_enough_memory(case):
-            results.skipped[str(case)] = why
-        elif case.environment:
-            results.add(records.in_child(case, settings))
-        else:
-            results.add(measure.run(case, settings))
-    for name, record in records.RECORDS.items():
+    settings = Settings.of(quick, compiled, device)
+    results = report.Report(settings, opened)
+    failed = 0
+    for name, work in [
+        *((str(case), partial(_measure, case, results)) for case in cases(quick, opened.accelerator)),
+        *((name, partial(_record, name, results)) for name in records.RECORDS),
+    ]:
         print(f"measuring {name} ...", file=sys.stderr, flush=True)
-        results.records[name] = record(settings)
+        try:
+            work()
+        except RuntimeError as error:  # a device out of memory, a kernel that failed: the rest is still wanted
+            results.skipped[name] = f"failed: {type(error).__name__}: {str(error).splitlines()[0][:200]}"
+            failed = 1
+        opened.release()
+        results.write_json(Path(out))  # whatever happens to the next
     results.show()
     for path in results.write(Path(out)):
         print(path)
-    return 0
+    return failed
+
+
+def _measure(case: Case, results: Report) -> None:
+    from . import measure, records
+
+    if why := measure.not_enough_memory(case, results.device):
+        results.skipped[str(case)] = why
+    elif case.environment:
+        results.add(records.in_child(case, results.settings))
+    else:
+        results.add(measure.run(case, results.settings, results.device))
+
+
+def _record(name: str, results: Report) -> None:
+    from . import records
+
+    results.records[name] = records.RECORDS[name](results.settings, results.device)

@@ -10,20 +10,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# The alternatives' names, as they stand in the JSON.
+FASTLOSS, FIRST_TOUCH, EAGER, COMPILE, LIGER = "fastloss", "fastloss, first touch", "torch", "torch.compile", "liger"
+FLOOR, FRESH_COPY = "floor", "copy into a fresh buffer"
+
 
 @dataclass(frozen=True)
 class Settings:
-    """How long to measure."""
+    """How long to measure, and where."""
 
     rounds: int = 9
     small_blocks: int = 101  # of small calls
     starts: int = 5  # of the interpreter, for the import time
     record_shape: tuple[int, int] = (2048, 32000)  # of peak memory and error
     compiled: bool = True
+    device: str = "cpu"
 
     @classmethod
-    def quick(cls, compiled: bool = True) -> Settings:
-        return cls(rounds=3, small_blocks=11, starts=1, record_shape=(256, 8000), compiled=compiled)
+    def of(cls, quick: bool, compiled: bool, device: str) -> Settings:
+        """An accelerator's rounds take milliseconds: there are more of them."""
+        if quick:
+            return cls(3, small_blocks=11, starts=1, record_shape=(256, 8000), compiled=compiled, device=device)
+        return cls(9 if device == "cpu" else 51, compiled=compiled, device=device)
 
 
 class Target(NamedTuple):
@@ -97,24 +105,28 @@ class Inputs(NamedTuple):
     arguments: dict[str, Any]
 
 
-def inputs(case: Case, seed: int = 0) -> Inputs:
+def inputs(case: Case, seed: int = 0, device: torch.device | None = None) -> Inputs:
     """Logits (N, V) that require a gradient where one is measured; target (N,) or (N, V)."""
     torch.manual_seed(seed)
-    dtype, loss = case.torch_dtype(), LOSSES[case.loss]
-    x = torch.empty(case.N, case.V, dtype=dtype).normal_()
-    target = torch.empty_like(x).normal_().softmax(-1) if loss.soft else torch.randint(0, case.V, (case.N,))
-    return Inputs(x.requires_grad_(case.backward), target, loss.arguments(case))
+    loss = LOSSES[case.loss]
+    with torch.device(device or "cpu"):
+        x = torch.empty(case.N, case.V, dtype=case.torch_dtype()).normal_()
+        target = torch.empty_like(x).normal_().softmax(-1) if loss.soft else torch.randint(0, case.V, (case.N,))
+        return Inputs(x.requires_grad_(case.backward), target, loss.arguments(case))
 
 
 _SHAPES = ((4096, 32000), (1024, 128256), (512, 262144))
+_ACCELERATOR_SHAPES = ((16384, 32000), (8192, 128256), (4096, 262144))
 _OPTIONS = ("label smoothing", "class weights", "probabilities", "softcap + z-loss")
 _HUGE_PAGES = (("THP_MEM_ALLOC_ENABLE", "1"),)
 
 
-def cases(quick: bool = False) -> list[Case]:
+def cases(quick: bool = False, accelerator: bool = False) -> list[Case]:
     """The table, in the order of the report."""
     if quick:
-        return _quick()
+        return [case for case in _quick() if not (accelerator and case.environment)]
+    if accelerator:
+        return _accelerator()
     plain = [
         Case("plain", dtype, N, V, backward, target)
         for backward in (True, False)
@@ -127,6 +139,16 @@ def cases(quick: bool = False) -> list[Case]:
         Case("plain", dtype, *_SHAPES[0], True, Target(eager=2.5), _HUGE_PAGES) for dtype in ("float32", "bfloat16")
     ]
     return [*plain, *options, *pages]
+
+
+def _accelerator() -> list[Case]:
+    plain = [
+        Case("plain", dtype, N, V, backward)
+        for backward in (True, False)
+        for dtype in ("bfloat16", "float32")
+        for N, V in _ACCELERATOR_SHAPES
+    ]
+    return [*plain, *(Case(loss, "bfloat16", 8192, 32000, True) for loss in _OPTIONS)]
 
 
 def _plain_target(dtype: str, backward: bool) -> Target:

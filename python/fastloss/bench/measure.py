@@ -3,45 +3,40 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 
 import fastloss
 
-from .cases import LOSSES, Case, Inputs, Settings, inputs
-
-# The alternatives' names, as they stand in the JSON.
-FASTLOSS, FIRST_TOUCH, EAGER, COMPILE, LIGER = "fastloss", "fastloss, first touch", "torch", "torch.compile", "liger"
-FLOOR, FRESH_COPY = "floor", "copy into a fresh buffer"
-
-
-def _nothing() -> None:
-    pass
+from .cases import COMPILE, EAGER, FASTLOSS, FLOOR, FRESH_COPY, LIGER, LOSSES, Case, Inputs, Settings, inputs
+from .devices import Device, nothing
 
 
 @dataclass
 class Alternative:
-    """`call` is timed, `prepare` runs before it and is not."""
+    """`call` is timed, `prepare` runs before it and is not; both inside `context`."""
 
     call: Callable[[], object]
-    prepare: Callable[[], object] = _nothing
+    prepare: Callable[[], object] = nothing
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
 @dataclass
 class Result:
-    """Seconds of every round, by alternative; `nbytes` is what the floor reads and writes."""
+    """Seconds of every round, by alternative. `nbytes` is what the floor reads and writes; `labels` tells fastloss's
+    own alternatives apart."""
 
     case: Case
     seconds: dict[str, list[float]]
     skipped: dict[str, str]
     floor: str
     nbytes: int
+    labels: dict[str, str]
 
     def median(self, name: str) -> float | None:
         return statistics.median(self.seconds[name]) if self.seconds.get(name) else None
@@ -56,10 +51,6 @@ class Result:
         seconds = self.median(name)
         return self.nbytes / seconds / 1e9 if seconds else None
 
-    def regimes(self) -> list[str]:
-        """fastloss with recycled gradient memory, and where there is a gradient, with memory never touched before."""
-        return [name for name in (FASTLOSS, FIRST_TOUCH) if name in self.seconds]
-
     def summary(self) -> dict[str, Any]:
         """Medians, and the ratios that the targets speak of."""
         return {
@@ -68,6 +59,7 @@ class Result:
             "floor": self.floor,
             "bytes": self.nbytes,
             "skipped": self.skipped,
+            "fastloss": self.labels,
             "median_ms": {name: self.median(name) * 1e3 for name in self.seconds},  # type: ignore[operator]
             "ratios": {
                 regime: {
@@ -76,20 +68,40 @@ class Result:
                     "share_of_floor": self.ratio(FLOOR, regime),
                     "gb_per_s": self.bandwidth(regime),
                 }
-                for regime in self.regimes()
+                for regime in self.labels
             },
             "seconds": self.seconds,
         }
 
 
-def not_enough_memory(case: Case) -> str | None:
+def not_enough_memory(case: Case, device: Device) -> str | None:
     """Why the case cannot be measured here: its tensors and torch's copies of them would not fit."""
     copies = {"softcap + z-loss": 14, "probabilities": 12}.get(case.loss, 9)
-    needed = case.N * case.V * case.torch_dtype().itemsize * copies
-    available = psutil.virtual_memory().available
+    nbytes = case.N * case.V * case.torch_dtype().itemsize
+    needed = nbytes * (copies + device.copies(nbytes) - 1)
+    available = device.available_bytes()
     if needed <= available:
         return None
     return f"needs {needed / 2**30:.1f} GiB of memory, {available / 2**30:.1f} GiB are available"
+
+
+class Rotation:
+    """Inputs of the same kind that take turns."""
+
+    def __init__(self, sets: list[Inputs]) -> None:
+        self.sets, self.turn = sets, 0
+
+    @property
+    def now(self) -> Inputs:
+        return self.sets[self.turn]
+
+    def advance(self) -> None:
+        self.turn = (self.turn + 1) % len(self.sets)
+
+    def forget(self) -> None:
+        """No gradient is kept, nor its memory held."""
+        for data in self.sets:
+            data.x.grad = None
 
 
 @dataclass
@@ -98,57 +110,80 @@ class Race:
 
     case: Case
     settings: Settings
+    device: Device = field(default_factory=Device)
     entries: dict[str, Alternative] = field(init=False)
     seconds: dict[str, list[float]] = field(init=False)
     skipped: dict[str, str] = field(init=False, default_factory=dict)
+    labels: dict[str, str] = field(init=False)
     floor: str = field(init=False)
     nbytes: int = field(init=False)
 
     def __post_init__(self) -> None:
-        data = inputs(self.case)
-        read = data.x.nbytes + (data.target.nbytes if LOSSES[self.case.loss].soft else 0)
-        self.nbytes = read + (data.x.nbytes if self.case.backward else 0)
-        self.entries = self._losses(data) | self._floors(data)
-        for entry in self.entries.values():  # warm up
-            entry.prepare()
-            entry.call()
+        first = inputs(self.case, device=self.device.device)
+        read = first.x.nbytes + (first.target.nbytes if LOSSES[self.case.loss].soft else 0)
+        more = [inputs(self.case, seed, self.device.device) for seed in range(1, self.device.copies(read))]
+        self.data = Rotation([first, *more])
+        self.nbytes = read + (first.x.nbytes if self.case.backward else 0)
+        self.entries = self._losses() | self._floors()
+        for name in list(self.entries) * self.device.warm_ups:
+            self._timed(name)
+        self.device.wait()
         self.seconds = {name: [] for name in self.entries}
+
+    def _timed(self, name: str) -> tuple[Any, Any]:
+        """The marks before and after a call."""
+        entry, device = self.entries[name], self.device
+        self.data.advance()
+        with entry.context():
+            entry.prepare()
+            device.occupy()
+            start = device.mark()
+            entry.call()
+            return start, device.mark()
 
     def round(self, skip: Iterable[str] = ()) -> None:
         """Times every alternative once."""
-        for name, entry in self.entries.items():
-            if name not in skip:
-                entry.prepare()
-                start = time.perf_counter()
-                entry.call()
-                self.seconds[name].append(time.perf_counter() - start)
+        marks = {name: self._timed(name) for name in self.entries if name not in skip}
+        self.device.wait()
+        for name, (start, end) in marks.items():
+            self.seconds[name].append(self.device.seconds(start, end))
 
     def result(self) -> Result:
-        return Result(self.case, self.seconds, self.skipped, self.floor, self.nbytes)
+        return Result(self.case, self.seconds, self.skipped, self.floor, self.nbytes, self.labels)
 
-    def _losses(self, data: Inputs) -> dict[str, Alternative]:
-        eager = LOSSES[self.case.loss].torch
-        entries = {FASTLOSS: self._step(fastloss.cross_entropy, data)}
-        if self.case.backward:
-            step = entries[FASTLOSS]
-            entries[FIRST_TOUCH] = Alternative(step.call, lambda: (step.prepare(), fastloss.empty_cache()))
-        entries[EAGER] = self._step(eager, data)
+    def _losses(self) -> dict[str, Alternative]:
+        eager, entries = LOSSES[self.case.loss].torch, {}
+        regimes = self.device.regimes(self.case)
+        self.labels = {name: regime.label for name, regime in regimes.items()}
+        for name, regime in regimes.items():
+            entries[name] = self._step(fastloss.cross_entropy, regime.prepare)
+            entries[name].context = regime.context
+        self._try(entries, EAGER, lambda: self._step(eager))
         if self.settings.compiled and self.case.compiled:
-            self._try(entries, COMPILE, lambda: self._compiled(eager, data))
+            self._try(entries, COMPILE, lambda: self._compiled(eager))
         else:
             self.skipped[COMPILE] = "left out (--no-compile or --quick)"
-        self._try(entries, LIGER, lambda: self._liger(data))
+        self._try(entries, LIGER, self._liger)
         return entries
 
-    def _step(self, loss: Callable[..., Tensor], data: Inputs) -> Alternative:
-        x, target, arguments = data
+    def _step(
+        self, loss: Callable[..., Tensor], prepare: Callable[[], object] = nothing, data: Rotation | None = None
+    ) -> Alternative:
+        turns = data or self.data
+
+        def call() -> Tensor:
+            x, target, arguments = turns.now
+            return loss(x, target, **arguments)
+
         if not self.case.backward:
-            return Alternative(torch.no_grad()(lambda: loss(x, target, **arguments)))
+            return Alternative(torch.no_grad()(call), prepare)
 
         def forget() -> None:
-            x.grad = None
+            turns.forget()
+            self.data.forget()
+            prepare()
 
-        return Alternative(lambda: loss(x, target, **arguments).backward(), forget)
+        return Alternative(lambda: call().backward(), forget)
 
     def _try(self, entries: dict[str, Alternative], name: str, make: Callable[[], Alternative]) -> None:
         """A baseline that cannot run here is named in the report with its reason."""
@@ -156,71 +191,73 @@ class Race:
             entry = make()
             entry.prepare()
             entry.call()
+            self.device.wait()
         except Exception as error:  # whatever a compiler or a foreign package raises
             message = str(error).strip() or "no message"
             self.skipped[name] = f"{type(error).__name__}: {message.splitlines()[0][:200]}"
         else:
             entries[name] = entry
 
-    def _compiled(self, eager: Callable[..., Tensor], data: Inputs) -> Alternative:
+    def _compiled(self, eager: Callable[..., Tensor]) -> Alternative:
         torch._dynamo.reset()  # no shape of an earlier case makes this one dynamic
 
         @torch.compile(dynamic=False, fullgraph=True)
         def compiled(x: Tensor, target: Tensor, **arguments: Any) -> Tensor:
             return eager(x, target, **arguments)
 
-        return self._step(compiled, data)
+        return self._step(compiled)
 
-    def _liger(self, data: Inputs) -> Alternative:
+    def _liger(self) -> Alternative:
         from liger_kernel.transformers.functional import liger_cross_entropy
 
         names = {"z_loss": "lse_square_scale"}
-        arguments = {names.get(name, name): value for name, value in data.arguments.items()}
-        mine = data.x.detach().clone().requires_grad_(data.x.requires_grad)  # it overwrites its logits
-        step = self._step(liger_cross_entropy, Inputs(mine, data.target, arguments))
-        return Alternative(step.call, lambda: (step.prepare(), mine.data.copy_(data.x)))
+        first = self.data.now
+        arguments = {names.get(name, name): value for name, value in first.arguments.items()}
+        mine = first.x.detach().clone().requires_grad_(first.x.requires_grad)  # it overwrites its logits
+        data = Rotation([Inputs(mine, first.target, arguments)])
+        return self._step(liger_cross_entropy, lambda: mine.data.copy_(first.x), data)
 
-    def _floors(self, data: Inputs) -> dict[str, Alternative]:
+    def _floors(self) -> dict[str, Alternative]:
         """The same bytes with no arithmetic to speak of: what no loss can beat."""
-        x, soft = data.x.detach(), LOSSES[self.case.loss].soft
+        data = self.data
         if not self.case.backward:
-            self.floor, read = fastest_read(x)
-            return {FLOOR: Alternative(read)}
-        out = torch.empty_like(x)
-        fresh = Alternative(lambda: torch.empty_like(x).copy_(x))
-        if soft:
+            self.floor, read = fastest_read(data.now.x.detach(), self.device)
+            return {FLOOR: Alternative(lambda: read(data.now.x.detach()))}
+        out = torch.empty_like(data.now.x.detach())
+        fresh = Alternative(lambda: torch.empty_like(out).copy_(data.now.x.detach()), data.forget)
+        if LOSSES[self.case.loss].soft:
             self.floor = "torch.add(x, target, out=out)"
-            return {FLOOR: Alternative(lambda: torch.add(x, data.target, out=out)), FRESH_COPY: fresh}
+            add = Alternative(lambda: torch.add(data.now.x.detach(), data.now.target, out=out), data.forget)
+            return {FLOOR: add, FRESH_COPY: fresh}
         self.floor = "out.copy_(x), out reused"
-        return {FLOOR: Alternative(lambda: out.copy_(x)), FRESH_COPY: fresh}
+        return {FLOOR: Alternative(lambda: out.copy_(data.now.x.detach()), data.forget), FRESH_COPY: fresh}
 
 
-def run(case: Case, settings: Settings) -> Result:
+def run(case: Case, settings: Settings, device: Device | None = None) -> Result:
     """All rounds of a case, in this process."""
-    race = Race(case, settings)
+    race = Race(case, settings, device or Device())
     for _ in range(settings.rounds):
         race.round()
     return race.result()
 
 
-def fastest_read(x: Tensor) -> tuple[str, Callable[[], object]]:
+def fastest_read(x: Tensor, device: Device) -> tuple[str, Callable[[Tensor], object]]:
     """The quickest torch operation on this machine that reads every byte of `x`; which one differs by dtype."""
-    flat = x.view(-1)
-    wide = flat.view(torch.float32)
-    rows = wide.view(x.shape[0], -1)
-    ones = torch.ones(rows.shape[1])
-    reads: dict[str, Callable[[], object]] = {
-        "x.sum()": lambda: x.sum(),
-        "x.max()": lambda: x.max(),
-        "x.view(int16).max()": lambda: flat.view(torch.int16).max(),
-        "x.view(float32) @ ones": lambda: torch.mv(rows, ones),
-        "dot(x.view(float32), x.view(float32))": lambda: torch.dot(wide, wide),
+    ones = x.new_ones(x.view(torch.float32).shape[1], dtype=torch.float32)
+    reads: dict[str, Callable[[Tensor], object]] = {
+        "x.sum()": lambda x: x.sum(),
+        "x.max()": lambda x: x.max(),
+        "x.view(int16).max()": lambda x: x.view(torch.int16).max(),
+        "x.view(float32) @ ones": lambda x: torch.mv(x.view(torch.float32), ones),
+        "dot(x.view(float32), x.view(float32))": lambda x: torch.dot(*[x.view(-1).view(torch.float32)] * 2),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in reads}
+    marks: dict[str, list[Any]] = {name: [] for name in reads}
     for _ in range(4):  # the first is for warming up
         for name, read in reads.items():
-            start = time.perf_counter()
-            read()
-            seconds[name].append(time.perf_counter() - start)
-    best = min(reads, key=lambda name: statistics.median(seconds[name][1:]))
+            device.occupy()
+            start = device.mark()
+            read(x)
+            marks[name].append((start, device.mark()))
+    device.wait()
+    best = min(reads, key=lambda name: statistics.median(device.seconds(*pair) for pair in marks[name][1:]))
     return best, reads[best]

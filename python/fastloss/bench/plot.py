@@ -9,25 +9,25 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .measure import COMPILE, EAGER, FASTLOSS, FIRST_TOUCH, FLOOR, Result
+from .cases import COMPILE, EAGER, FLOOR
+from .measure import Result
 
 matplotlib.use("Agg")
 
-_COLORS = {FASTLOSS: "#1b6ca8", FIRST_TOUCH: "#8fc1e3", COMPILE: "#e08e45"}
-_LABELS = {
-    FASTLOSS: "fastloss, recycled gradient memory",
-    FIRST_TOUCH: "fastloss, gradient memory never touched before",
-    COMPILE: "torch.compile of torch's loss",
-}
+_OURS, _COMPILE = ("#1b6ca8", "#8fc1e3", "#0b3c5d"), "#e08e45"
+_LONGER = {"recycled": "recycled gradient memory", "first touch": "gradient memory never touched before"}
 
 
 def draw(results: list[Result], headline: str, path: Path) -> None:
     """Grouped horizontal bars, a group per case, best read from the top."""
     figure = Figure(figsize=(15, 2.2 + 0.62 * len(results)), layout="constrained")
     speed, share = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
-    measured = [name for name in _LABELS if any(name in result.seconds for result in results)]
-    _bars(speed, results, measured, lambda result, name: result.ratio(EAGER, name), "{:.1f}x")
-    _bars(share, results, [FASTLOSS, FIRST_TOUCH], lambda result, name: result.ratio(FLOOR, name), "{:.2f}")
+    ours = {name: f"fastloss, {_LONGER.get(text, text)}" for result in results for name, text in result.labels.items()}
+    entries = {name: (label, color) for (name, label), color in zip(ours.items(), _OURS, strict=False)}
+    _bars(share, results, entries, lambda result, name: result.ratio(FLOOR, name), "{:.2f}")
+    if any(COMPILE in result.seconds for result in results):
+        entries[COMPILE] = "torch.compile of torch's loss", _COMPILE
+    _bars(speed, results, entries, lambda result, name: result.ratio(EAGER, name), "{:.1f}x")
     for row, result in enumerate(results):
         _target(speed, row, result.case.target.eager)
         _target(share, row, result.case.target.floor)
@@ -49,16 +49,17 @@ def _label(result: Result) -> str:
     return f"{case.loss}, {case.work}\n{case.dtype} {case.N}x{case.V}{pages}"
 
 
-def _bars(axes: Axes, results: list[Result], names: list[str], value: Any, form: str) -> None:
+def _bars(axes: Axes, results: list[Result], entries: dict[str, tuple[str, str]], value: Any, form: str) -> None:
+    """`entries`: the label and color of each."""
     for axis in ("top", "right"):
         axes.spines[axis].set_visible(False)
-    height = 0.8 / len(names)
-    for index, name in enumerate(names):
+    height = 0.8 / len(entries)
+    for index, (name, (label, color)) in enumerate(entries.items()):
         found = [(row, value(result, name)) for row, result in enumerate(results) if result.median(name)]
         found = [(row, number) for row, number in found if number is not None]
-        places = [row + (index - (len(names) - 1) / 2) * height for row, _ in found]
+        places = [row + (index - (len(entries) - 1) / 2) * height for row, _ in found]
         numbers = [number for _, number in found]
-        bars = axes.barh(places, numbers, height * 0.92, color=_COLORS[name], label=_LABELS[name])
+        bars = axes.barh(places, numbers, height * 0.92, color=color, label=label)
         axes.bar_label(bars, [form.format(number) for number in numbers], padding=3, fontsize=8)
     axes.margins(x=0.12, y=0.01)
 

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +14,9 @@ from torch import Tensor
 import fastloss
 
 from .cases import Case, Settings, inputs
+from .devices import Device
 from .measure import Result
+from .processes import child, run
 
 Record = list[dict[str, Any]]
 LOSSES: dict[str, Callable[..., Tensor]] = {"fastloss": fastloss.cross_entropy, "torch": F.cross_entropy}
@@ -26,13 +24,13 @@ _DTYPES = ("float32", "bfloat16")
 _BLOCK = 100  # small calls between two looks at the clock
 
 
-def small_calls(settings: Settings) -> Record:
+def small_calls(settings: Settings, device: Device) -> Record:
     """Microseconds of one 8x16 call; blocks of calls alternate between the two losses.
 
     Beside the median stands the best block: where other processes hold a core, a small call of torch can wait for its
     OpenMP team for milliseconds.
     """
-    x, target = torch.randn(8, 16, requires_grad=True), torch.randint(0, 16, (8,))
+    x, target, _ = inputs(Case("plain", "float32", 8, 16, True), device=device.device)
 
     def backward(loss: Callable[..., Tensor]) -> None:
         loss(x, target).backward()
@@ -50,6 +48,7 @@ def small_calls(settings: Settings) -> Record:
                     start = time.perf_counter()
                     for _ in range(_BLOCK):
                         call(loss)
+                    device.wait()
                     seconds[name].append((time.perf_counter() - start) / _BLOCK)
         for kind, choose in (("median", statistics.median), ("best", min)):
             micro = {f"{name}_us": choose(times) * 1e6 for name, times in seconds.items()}
@@ -57,32 +56,32 @@ def small_calls(settings: Settings) -> Record:
     return rows
 
 
-def peak_memory(settings: Settings) -> Record:
-    """MiB above logits and gradient at the peak of forward+backward, each in a fresh process."""
+def peak_memory(settings: Settings, device: Device) -> Record:
+    """MiB above logits and gradient at the peak of forward+backward."""
     N, V = settings.record_shape
     rows = []
     for dtype in _DTYPES:
         gradient = N * V * getattr(torch, dtype).itemsize
         row: dict[str, Any] = {"case": f"{dtype} {N}x{V}", "gradient_mib": gradient / 2**20}
-        for name in LOSSES:
-            row[f"{name}_mib"] = _child("memory", name=name, dtype=dtype, N=N, V=V)["extra_bytes"] / 2**20
+        for name, loss in LOSSES.items():
+            row[f"{name}_mib"] = device.extra_bytes(name, loss, dtype, N, V) / 2**20
         rows.append(row)
     return rows
 
 
-def import_time(settings: Settings) -> Record:
+def import_time(settings: Settings, device: Device) -> Record:
     """Milliseconds of `import fastloss` after `import torch`, the median of several interpreters."""
     script = "import time, torch; start = time.perf_counter(); import fastloss; print(time.perf_counter() - start)"
-    times = [float(_run(["-c", script])) * 1e3 for _ in range(settings.starts)]
+    times = [float(run(["-c", script])) * 1e3 for _ in range(settings.starts)]
     return [{"import_ms": statistics.median(times), "starts": len(times)}]
 
 
-def error(settings: Settings) -> Record:
+def error(settings: Settings, device: Device) -> Record:
     """Largest absolute error of loss and gradient against float64 on the same logits."""
     N, V = settings.record_shape
     rows = []
     for dtype in _DTYPES:
-        x, target, _ = inputs(Case("plain", dtype, N // 4, V, True))
+        x, target, _ = inputs(Case("plain", dtype, N // 4, V, True), device=device.device)
         exact = _loss_grad(F.cross_entropy, x.detach().double(), target)
         row: dict[str, Any] = {"case": f"{dtype} {N // 4}x{V}"}
         for name, loss in LOSSES.items():
@@ -101,7 +100,7 @@ def _loss_grad(loss: Callable[..., Tensor], x: Tensor, target: Tensor) -> tuple[
     return value.detach(), x.grad
 
 
-RECORDS: dict[str, Callable[[Settings], Record]] = {
+RECORDS: dict[str, Callable[[Settings, Device], Record]] = {
     "small calls": small_calls,
     "peak memory": peak_memory,
     "import time": import_time,
@@ -115,19 +114,5 @@ RECORDS: dict[str, Callable[[Settings], Record]] = {
 def in_child(case: Case, settings: Settings) -> Result:
     """A case whose environment torch reads at its start."""
     plain = {name: value for name, value in vars(case).items() if name not in ("target", "environment")}
-    answer = _child("rounds", dict(case.environment), case=plain, rounds=settings.rounds, compiled=settings.compiled)
+    answer = child("rounds", dict(case.environment), case=plain, rounds=settings.rounds, compiled=settings.compiled)
     return Result(case=case, **answer)
-
-
-def _child(work: str, environment: dict[str, str] | None = None, **arguments: Any) -> Any:
-    request = json.dumps({"work": work, "threads": torch.get_num_threads(), **arguments})
-    return json.loads(_run(["-m", "fastloss.bench.child", request], environment))
-
-
-def _run(arguments: list[str], environment: dict[str, str] | None = None) -> str:
-    """The last line that another interpreter prints."""
-    command = [sys.executable, *arguments]
-    done = subprocess.run(command, env=os.environ | (environment or {}), capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
-    return done.stdout.splitlines()[-1]

@@ -15,10 +15,9 @@ from rich.console import Console
 from rich.table import Table
 
 from ..doctor import build_facts, machine_facts
-from .cases import Settings
-from .measure import COMPILE, EAGER, FASTLOSS, FIRST_TOUCH, FLOOR, FRESH_COPY, LIGER, Result
-
-_MEMORY = {FASTLOSS: "recycled", FIRST_TOUCH: "first touch"}
+from .cases import COMPILE, EAGER, FASTLOSS, FLOOR, FRESH_COPY, LIGER, Settings
+from .devices import Device
+from .measure import Result
 
 
 @dataclass
@@ -53,6 +52,7 @@ def _own_seconds() -> float:
 @dataclass
 class Report:
     settings: Settings
+    device: Device = field(default_factory=Device)
     results: list[Result] = field(default_factory=list)
     records: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
@@ -68,7 +68,7 @@ class Report:
         return {
             "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "build": self.build,
-            "machine": self.machine | {"cores_busy_elsewhere": self.neighbours.cores()},
+            "machine": self.machine | self.device.describe() | {"cores_busy_elsewhere": self.neighbours.cores()},
             "settings": asdict(self.settings),
             "cases": [result.summary() for result in self.results],
             "records": self.records,
@@ -77,15 +77,19 @@ class Report:
 
     def write(self, folder: Path) -> list[Path]:
         """report.json and, if a case was measured, report.png; returns their paths."""
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "report.json"
-        path.write_text(json.dumps(self.as_dict(), indent=1) + "\n")
+        path = self.write_json(folder)
         if not self.results:
             return [path]
         from . import plot
 
         plot.draw(self.results, self._headline(), folder / "report.png")
         return [path, folder / "report.png"]
+
+    def write_json(self, folder: Path) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "report.json"
+        path.write_text(json.dumps(self.as_dict(), indent=1) + "\n")
+        return path
 
     def show(self, console: Console | None = None) -> None:
         """Prints the tables."""
@@ -103,7 +107,7 @@ class Report:
         for work in ("forward+backward", "forward"):
             if chosen := [result for result in self.results if result.case.work == work]:
                 console.print(f"\n{work}")
-                console.print(_case_table(work, chosen))
+                console.print(_case_table(work, chosen, self.device.regimes_differ_in(work == "forward+backward")))
         for name, rows in self.records.items():
             console.print(f"\n{_TITLES[name]}", highlight=False)
             console.print(_record_table(name, rows))
@@ -112,8 +116,9 @@ class Report:
 
     def _headline(self) -> str:
         b, m = self.build, self.machine
+        device = "".join(f"{name.replace('_', ' ')} {value}\n" for name, value in self.device.describe().items())
         return (
-            f"{m['cpu']}, {m['cores']} cores, {m['memory_gib']} GiB, huge pages {m['huge_pages']}\n"
+            f"{device}{m['cpu']}, {m['cores']} cores, {m['memory_gib']} GiB, huge pages {m['huge_pages']}\n"
             f"fastloss {b['fastloss']} ({b.get('isa', b['native'])}), torch {b['torch']}, Python {b['python']}, "
             f"{m['torch_threads']} threads\n"
             f"medians of {self.settings.rounds} interleaved rounds; other processes kept {self.neighbours.cores():.2f} "
@@ -149,13 +154,13 @@ def _ms(seconds: float | None) -> str:
     return f"{seconds * 1e3:.1f}" if seconds >= 0.01 else f"{seconds * 1e3:.2f}"
 
 
-def _case_table(work: str, results: list[Result]) -> Table:
+def _case_table(work: str, results: list[Result], differ_in: str | None) -> Table:
     backward = work == "forward+backward"
     liger = any(LIGER in result.seconds for result in results)
     table = Table(pad_edge=False)
     table.add_column("case", no_wrap=True)
-    if backward:
-        table.add_column("gradient memory", no_wrap=True)
+    if differ_in:
+        table.add_column(differ_in, no_wrap=True)
     names = ["fastloss", "torch", "x", "compile", "x", *(["liger", "x"] if liger else []), "floor", "of floor", "GB/s"]
     for name in [*names, *(["fresh copy"] if backward else [])]:
         table.add_column(name, justify="right", no_wrap=True)
@@ -163,8 +168,9 @@ def _case_table(work: str, results: list[Result]) -> Table:
     if not backward:
         table.add_column("the floor is")
     for result in results:
-        for regime in result.regimes():
-            table.add_row(*_case_row(result, regime, backward, liger))
+        for regime in result.labels:
+            row = _case_row(result, regime, backward, liger)
+            table.add_row(row[0], *([result.labels[regime]] if differ_in else []), *row[1:])
         table.add_section()
     return table
 
@@ -177,7 +183,7 @@ def _case_row(result: Result, regime: str, backward: bool, liger: bool) -> list[
     def once(text: str) -> str:
         return text if first else ""  # the baselines are the same in both rows
 
-    row = [once(name), *([_MEMORY[regime]] if backward else []), _ms(result.median(regime))]
+    row = [once(name), _ms(result.median(regime))]
     row += [once(_ms(result.median(EAGER))), _mark(result.ratio(EAGER, regime), target.eager, "{:.1f}")]
     row += [once(_ms(result.median(COMPILE))), _mark(result.ratio(COMPILE, regime), target.compile, "{:.1f}")]
     if liger:

@@ -1,0 +1,36 @@
+"""The Triton kernels, for every GPU that Triton knows. Triton itself is imported with the first call that needs it."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+
+import torch
+
+from ...arguments import COMPUTE_DTYPE
+from ..device import Kernels
+
+# Where Triton's kernels run. Who executes them elsewhere, as the tests do, adds a device type.
+device_types = {"cuda", "xpu"}
+
+
+def refuses(device: torch.device, dtype: torch.dtype, target_dtype: torch.dtype) -> str | None:
+    """Why these kernels cannot run such a call; None if they can."""
+    if find_spec("triton") is None:
+        return "triton is not installed: pip install triton"
+    interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type not in device_types and not interpreted:
+        return f"runs on {' and '.join(sorted(device_types))} tensors, not on {device.type}"
+    nvidia = device.type == "cuda" and torch.version.hip is None and torch.cuda.is_available()
+    if nvidia and torch.cuda.get_device_capability(device) < (7, 0):
+        return "needs compute capability 7.0"
+    if dtype not in COMPUTE_DTYPE:
+        return f"takes float32, bfloat16, float16 or float64, not {dtype}"
+    return None
+
+
+def kernels() -> Kernels:
+    """What launches them."""
+    from . import rows
+
+    return Kernels(*(getattr(rows, name) for name in Kernels._fields))

@@ -1,0 +1,213 @@
+"""The functions of `Kernels`: which kernel, cut how, on how many warps; and the small kernels over N.
+
+Slices depend on the classes and the dtype alone: a row's bits must not depend on the batch around it.
+"""
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..device import Rows, Upstream
+from . import row_kernels
+from .row_kernels import kernel
+
+# debug: an index out of range is an error, as in torch's own kernels. The rest only where it would change bits or warn.
+_OPTIONS = {"debug": True, "sanitize_overflow": False, "enable_fp_fusion": True}
+_ACCESS = 16  # bytes at once
+_WARPS = 16  # at most, with up to 128 registers a thread
+_PART = 32768  # elements whose gradient one program writes
+_MANY = 1024  # elements of a block of the kernels over N
+
+
+def _on(x: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device."""
+    return nullcontext() if x.device.type == "cpu" else getattr(torch, x.device.type).device(x.device)
+
+
+def _elements(dtype: torch.dtype, wanted: int) -> int:
+    """How many of a row's elements one thread holds: as many as spilled no registers, on any of the architectures that
+    the tests compile for."""
+    return wanted // 4 if dtype == torch.float64 else wanted
+
+
+def _warps(block: int, elements: int) -> int:
+    return max(1, min(_WARPS, block // (32 * elements)))
+
+
+def _block(V: int, largest: int) -> int:
+    return min(max(triton.next_power_of_2(V), 16), largest)
+
+
+def _vector(V: int, *matrices: Tensor) -> int:
+    """How many elements of each row one access takes: what divides V, and the distance of the rows."""
+    vector = _ACCESS // min(t.element_size() for t in matrices)
+    ends = [V] + [t.stride(0) for t in matrices]
+    aligned = all(t.data_ptr() % _ACCESS == 0 for t in matrices) and all(end % vector == 0 for end in ends)
+    return vector if aligned else 1
+
+
+def _read(rows: Rows) -> tuple[Tensor, ...]:
+    """What is read by rows of V."""
+    return (rows.input, rows.target) if rows.soft else (rows.input,)
+
+
+def _general(rows: Rows) -> bool:
+    return rows.soft or rows.spec.softcap > 0 or rows.spec.label_smoothing > 0
+
+
+def _strided(vector: Tensor | None) -> tuple[Tensor | None, int]:
+    return vector, 0 if vector is None else vector.stride(0)
+
+
+def _upstream(g: Upstream) -> tuple[Any, ...]:
+    number = 0.0 if isinstance(g.loss, Tensor) else g.loss
+    loss = _strided(g.loss if isinstance(g.loss, Tensor) else None)
+    return (*loss, number, *_strided(g.token_weight), g.denominator)
+
+
+def _target_stride(rows: Rows) -> int:
+    return rows.target.stride(0) if rows.soft else 1
+
+
+def on_chip(input: Tensor, general: bool) -> bool:
+    """Whether a row's numbers fit into the registers of a program."""
+    return input.shape[1] <= 32 * _WARPS * _elements(input.dtype, 16 if general else 64)
+
+
+def row_loss_grad(rows: Rows, upstream: Upstream, loss: Tensor, grad: Tensor, unless_one: bool) -> None:
+    """See Kernels."""
+    x, (N, V), general = rows.input, rows.input.shape, _general(rows)
+    elements = _elements(x.dtype, 16 if general else 64)
+    block = _block(V, 32 * _WARPS * elements)
+    with _on(x):
+        row_kernels.row_loss_grad[(N,)](
+            x, x.stride(0), rows.target, _target_stride(rows), rows.weight, V, *rows.spec,
+            *_upstream(upstream), int(unless_one), loss, grad, grad.stride(0),
+            GENERAL=general, BLOCK=block, VECTOR=_vector(V, *_read(rows), grad), num_warps=_warps(block, elements),
+            **_OPTIONS,
+        )  # fmt: skip
+
+
+def row_stats(rows: Rows, loss: Tensor, stats: Tensor, argmax: Tensor | None, extras: bool) -> None:
+    """See Kernels."""
+    x, (N, V), general = rows.input, rows.input.shape, _general(rows)
+    ignore_index, eps, _, cap, scale = rows.spec
+    elements = _elements(x.dtype, 32 if general or extras else 64)
+    block = _block(V, (32 if x.dtype == torch.float64 else 16) * _WARPS * elements)
+    slices = max(1, triton.cdiv(V, block))
+    states = loss.new_empty((N, slices, row_kernels.STATE.value))
+    merged = triton.next_power_of_2(slices)
+    together = max(1, min(32, 32 * _elements(x.dtype, 8) // merged))  # rows whose states one warp merges
+    with _on(x):
+        row_kernels.row_states[(N, slices)](
+            x, x.stride(0), rows.target, _target_stride(rows), rows.weight, V, ignore_index, eps, cap, scale,
+            states, slices, GENERAL=general, EXTRAS=extras, BLOCK=block, VECTOR=_vector(V, *_read(rows)),
+            num_warps=_warps(block, elements), **_OPTIONS,
+        )  # fmt: skip
+        row_kernels.row_finish[(triton.cdiv(N, together),)](
+            x, x.stride(0), rows.target, rows.weight, V, N, *rows.spec, states, slices, loss, stats, argmax,
+            GENERAL=general, EXTRAS=extras, BLOCK=block, ROWS=together, SLICES=merged,
+            num_warps=1, **_OPTIONS,
+        )  # fmt: skip
+
+
+def row_grad(rows: Rows, stats: Tensor, upstream: Upstream, grad: Tensor, unless_one: bool) -> None:
+    """See Kernels."""
+    x, (N, V) = rows.input, rows.input.shape
+    general = _general(rows) or upstream.entropy is not None
+    elements = _elements(x.dtype, 16 if general else 64)
+    block = _block(V, 4 * 32 * elements)
+    with _on(x):
+        row_kernels.row_grad[(N, triton.cdiv(V, _PART))](
+            x, x.stride(0), rows.target, _target_stride(rows), rows.weight, V, N, *rows.spec,
+            *_upstream(upstream), int(unless_one),
+            *_strided(upstream.lse), *_strided(upstream.log_prob), *_strided(upstream.entropy),
+            stats, grad, grad.stride(0),
+            GENERAL=general, BLOCK=block, PART=_PART, VECTOR=_vector(V, *_read(rows), grad),
+            num_warps=_warps(block, elements), **_OPTIONS,
+        )  # fmt: skip
+
+
+# ---- over N ----------------------------------------------------------------------------------------------------------
+
+
+@kernel
+def _denominator(
+    target, weight, V, N: tl.int64, ignore_index: tl.int64, token_weight, token_stride: tl.int64, out,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    F: tl.constexpr = out.dtype.element_ty
+    sums = tl.zeros((BLOCK,), F)
+    for start in range(0, N, BLOCK):
+        i = start + tl.arange(0, BLOCK).to(tl.int64)
+        counts = i < N
+        if not target.dtype.element_ty.is_floating():
+            y = tl.load(target + i, mask=counts, other=ignore_index)
+            counts = counts & (y != ignore_index)
+        w = tl.full((BLOCK,), 1.0, F)
+        if token_weight is not None:
+            w = tl.load(token_weight + i * token_stride, mask=counts, other=0.0)
+        if weight is not None and not target.dtype.element_ty.is_floating():
+            w *= tl.load(weight + y, mask=counts & (y >= 0) & (y < V), other=0.0)
+        sums += tl.where(counts, w, 0.0)
+    tl.store(out, tl.sum(sums, 0))
+
+
+@kernel
+def _total(loss, N: tl.int64, token_weight, token_stride: tl.int64, denominator, out, BLOCK: tl.constexpr):
+    sums = tl.zeros((BLOCK,), loss.dtype.element_ty)
+    for start in range(0, N, BLOCK):
+        i = start + tl.arange(0, BLOCK).to(tl.int64)
+        value = tl.load(loss + i, mask=i < N, other=0.0)
+        if token_weight is not None:
+            w = tl.load(token_weight + i * token_stride, mask=i < N, other=0.0)
+            value = tl.where(value == 0, 0.0, value * w)  # an ignored row stays zero under an infinite weight
+        sums += value
+    total = tl.sum(sums, 0)
+    if denominator is not None:
+        total /= tl.load(denominator)
+    tl.store(out, total)
+
+
+@kernel
+def _rescale(grad, grad_stride: tl.int64, V, upstream, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
+    g = tl.load(upstream)
+    if g == 1:
+        return
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < V // VECTOR * VECTOR
+    p = grad + tl.program_id(0).to(tl.int64) * (grad_stride // VECTOR * VECTOR) + columns
+    tl.store(p, tl.load(p, mask=inside).to(upstream.dtype.element_ty) * g, mask=inside)
+
+
+def denominator(rows: Rows, token_weight: Tensor | None, out: Tensor) -> None:
+    """See Kernels."""
+    N, V = rows.input.shape
+    weights = rows.weight, V, N, rows.spec.ignore_index, *_strided(token_weight)
+    with _on(out):
+        _denominator[(1,)](rows.target, *weights, out, BLOCK=_MANY, **_OPTIONS)
+
+
+def total(loss: Tensor, token_weight: Tensor | None, denominator: Tensor | None, out: Tensor) -> None:
+    """See Kernels."""
+    with _on(out):
+        _total[(1,)](loss, loss.shape[0], *_strided(token_weight), denominator, out, BLOCK=_MANY, **_OPTIONS)
+
+
+def rescale(grad: Tensor, upstream: Tensor) -> None:
+    """See Kernels."""
+    N, V = grad.shape
+    elements = _elements(grad.dtype, 64)
+    block = _block(V, 4 * 32 * elements)
+    with _on(grad):
+        _rescale[(N, triton.cdiv(V, block))](
+            grad, grad.stride(0), V, upstream, BLOCK=block, VECTOR=_vector(V, grad), num_warps=_warps(block, elements),
+            **_OPTIONS,
+        )  # fmt: skip
