@@ -1,12 +1,14 @@
 # Everything runs in .venv, which the first command makes. `make help` lists what there is.
 PYTHON ?= python3
 TEXT ?=
+LIGER ?=
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc python -name '*.cpp' -o -name '*.h' -o -name '*.py')
+SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc python -name '*.cpp' -o -name '*.h' -o -name '*.cu*' -o -name '*.py')
+CXX_FILES = $$(git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 SANITIZED := build/sanitize/site
 
-.PHONY: help demo test test-all sanitize lint format bench bench-quick docs wheel aarch64 clean
+.PHONY: help demo test test-all sanitize lint format bench bench-quick gpu-traffic docs wheel aarch64 clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -22,21 +24,21 @@ test-all: $(VENV)/.test  ## all tests
 
 sanitize: $(VENV)/.test  ## the native tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(BIN)/python -m pip install -q --no-deps --upgrade --target $(SANITIZED) -C cmake.define.FASTLOSS_SANITIZE=ON \
-	  -C build-dir=build/sanitize/objects .
+	  -C cmake.define.FASTLOSS_CUDA=OFF -C build-dir=build/sanitize/objects .
 	PYTHONPATH=$(SANITIZED) LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc $(BIN)/python -m pytest -q tests/test_native.py tests/test_numerics.py \
-	  -m "not slow" -k "not reference"
+	  -m "not slow" -k "not reference and not cuda"
 
 lint: $(VENV)/.dev  ## ruff, clang-format, mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp')
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 	$(BIN)/mypy
 
 format: $(VENV)/.dev  ## what lint would complain about, mended
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp')
+	$(BIN)/clang-format -i $(CXX_FILES)
 
 bench: $(VENV)/.test  ## the whole benchmark table: about five minutes
 	$(BIN)/python -m pytest benchmarks --benchmark-only
@@ -44,15 +46,21 @@ bench: $(VENV)/.test  ## the whole benchmark table: about five minutes
 bench-quick: $(VENV)/.test  ## a smoke run of the benchmarks
 	$(BIN)/python -m pytest benchmarks --benchmark-only --quick
 
+gpu-traffic: $(VENV)/.test  ## count what the GPU kernels execute and move, without a GPU (LIGER=folder: beside Liger's)
+	$(BIN)/python benchmarks/gpu_traffic.py $(if $(LIGER),--liger "$(LIGER)")
+
 docs: $(VENV)/.dev  ## the generated part of README.md
 	$(BIN)/python docs/feature_table.py README.md
 
 wheel: $(VENV)/.venv  ## a wheel in dist/
 	$(BIN)/python -m pip wheel --no-deps -w dist .
 
-aarch64:  ## compile the kernels for NEON (needs g++-aarch64-linux-gnu)
+aarch64:  ## the CPU kernels for NEON, compiled and run (needs g++-aarch64-linux-gnu and qemu-user)
+	mkdir -p build
 	aarch64-linux-gnu-g++ -std=c++17 -O3 -Wall -Wextra -Werror -Wno-psabi -ffp-contract=fast -fno-math-errno \
-	  -fno-trapping-math -DFASTLOSS_ISA=baseline -DFASTLOSS_ISA_NAME='"baseline"' -fsyntax-only csrc/cpu/rows.cpp
+	  -fno-trapping-math -DFASTLOSS_ISA=baseline -DFASTLOSS_ISA_NAME='"baseline"' -static csrc/cpu/rows.cpp \
+	  tests/kernels_alone.cpp -o build/kernels_aarch64
+	qemu-aarch64 build/kernels_aarch64
 
 clean:  ## builds, caches and outputs; not .venv
 	rm -rf build dist out .pytest_cache .hypothesis .ruff_cache .mypy_cache

@@ -1,4 +1,4 @@
-"""Fixtures: every backend, and the native one on every instruction set that this machine has."""
+"""Fixtures of more than one test module."""
 
 from __future__ import annotations
 
@@ -6,26 +6,19 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from engines import ENGINES, ISAS, on_engine
 
-import fastloss
 from fastloss.backends import native
-
-ENGINES = [f"cpu:{isa}" for isa in native._native.available_isas()] + ["reference"]
 
 
 @pytest.fixture(params=ENGINES)
 def engine(request: pytest.FixtureRequest) -> Iterator[str]:
-    """A backend, and for the native one an instruction set, forced for the test."""
-    name, _, isa = request.param.partition(":")
-    before = native._native.current_isa()
-    if isa:
-        native._native.use_isa(isa)
-    with fastloss.use_backend(name):
+    """A backend, forced for the test."""
+    with on_engine(request.param):
         yield request.param
-    native._native.use_isa(before)
 
 
-@pytest.fixture(params=[e.partition(":")[2] for e in ENGINES if ":" in e])
+@pytest.fixture(params=[isa.partition(":")[2] for isa in ISAS])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """An instruction set of the native backend, forced for the test."""
     before = native._native.current_isa()
@@ -37,3 +30,12 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(20)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For small tensors: where others use the cores, waiting for a second thread takes longer than all the rest."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

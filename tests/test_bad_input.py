@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,14 @@ def logits(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def classes(*values: int) -> Tensor:
     return torch.tensor(values or (0, 1, 2))
+
+
+def positions() -> Tensor:
+    return torch.arange(12).reshape(3, 4) % V
+
+
+def differentiable() -> Tensor:
+    return torch.tensor(0.5, requires_grad=True)
 
 
 def probs(dtype: torch.dtype = torch.float32) -> Tensor:
@@ -89,6 +98,19 @@ SAME_AS_TORCH: dict[str, tuple[str, Call]] = {
     "too few weights, smoothed": ("weight", lambda C: C(logits(), classes(), ones(V - 1), label_smoothing=0.1)),
     "too few weights, probabilities": ("weight", lambda C: C(logits(), probs(), ones(V - 1))),
     "2-d weights, probabilities": ("weight", lambda C: C(logits(), probs(), ones(N, V))),
+    "2-d weights, one row": ("weight", lambda C: C(logits(V), torch.tensor(1), ones(1, V))),
+    "2-d weights, 3-d probabilities": ("weight", lambda C: C(logits(3, 5, 4), logits(3, 5, 4), ones(1, V))),
+    "too few weights, 3-d": ("weight", lambda C: C(logits(3, 5, 4), positions(), ones(1, V - 1))),
+    "(1, V) weights, smoothed": ("weight", lambda C: C(logits(3, 5, 4), positions(), ones(1, V), label_smoothing=0.1)),
+    "(V, 1) weights, smoothed mean": (
+        "weight",
+        lambda C: C(logits(3, 5, 4), positions(), ones(V, 1), label_smoothing=0.1),
+    ),
+    "0-d weight, smoothed": (
+        "dimension",
+        lambda C: C(logits(3, 1, 4), 0 * positions(), torch.tensor(1.0), label_smoothing=0.1),
+    ),
+    "(1, V) float64 weights": ("weight", lambda C: C(logits(3, 5, 4), positions(), ones(1, V, dtype=torch.float64))),
     "float64 weights": ("weight", lambda C: C(logits(), classes(), ones(dtype=torch.float64))),
     "float32 weights of bfloat16 logits": ("weight", lambda C: C(logits(dtype=torch.bfloat16), classes(), ones())),
     "int64 weights": ("weight", lambda C: C(logits(), classes(), ones(dtype=torch.long))),
@@ -106,6 +128,24 @@ SAME_AS_TORCH: dict[str, tuple[str, Call]] = {
     "label_smoothing > 1, probabilities": ("label_smoothing", lambda C: C(logits(), probs(), label_smoothing=1.5)),
     "label_smoothing text": ("label_smoothing", lambda C: C(logits(), classes(), label_smoothing="a")),
     "no label_smoothing": ("label_smoothing", lambda C: C(logits(), classes(), label_smoothing=None)),
+    "label_smoothing, differentiable": (
+        "label_smoothing",
+        lambda C: C(logits(), classes(), label_smoothing=differentiable()),
+    ),
+    "label_smoothing, probabilities, differentiable": (
+        "label_smoothing",
+        lambda C: C(logits(), probs(), label_smoothing=differentiable()),
+    ),
+    "label_smoothing vector": ("label_smoothing", lambda C: C(logits(), classes(), label_smoothing=ones(1))),
+    "label_smoothing array": ("label_smoothing", lambda C: C(logits(), classes(), label_smoothing=np.array(0.1))),
+    "label_smoothing fraction": ("label_smoothing", lambda C: C(logits(), classes(), label_smoothing=Fraction(1, 10))),
+    "label_smoothing beyond float": ("", lambda C: C(logits(), classes(), label_smoothing=10**400)),
+    "ignore_index in a float tensor": (
+        "ignore_index",
+        lambda C: C(logits(), classes(), ignore_index=torch.tensor(1.0)),
+    ),
+    "bool_ ignore_index": ("ignore_index", lambda C: C(logits(), classes(), ignore_index=np.bool_(True))),
+    "ignore_index object of probabilities": ("ignore_index", lambda C: C(logits(), probs(), ignore_index=np.array(1))),
     "ignore_index of probabilities": ("ignore_index", lambda C: C(logits(), probs(), ignore_index=0)),
     "fractional ignore_index": ("ignore_index", lambda C: C(logits(), classes(), ignore_index=1.5)),
     "float ignore_index": ("ignore_index", lambda C: C(logits(), classes(), ignore_index=1.0)),
@@ -164,11 +204,17 @@ def test_a_cached_check_is_not_a_check_skipped() -> None:
         {"label_smoothing": torch.tensor(0.1)},
         {"label_smoothing": np.float32(0.1)},
         {"label_smoothing": np.float64(0.1)},
+        {"label_smoothing": np.bool_(True)},
+        {"label_smoothing": np.int64(1)},
+        {"label_smoothing": torch.tensor(1)},
+        {"label_smoothing": differentiable().detach()},
         {"label_smoothing": True},
         {"label_smoothing": -0.1},
         {"label_smoothing": float("nan")},
         {"ignore_index": torch.tensor(2)},
+        {"ignore_index": torch.tensor([2])},
         {"ignore_index": np.int64(2)},
+        {"ignore_index": np.array(2)},
         {"ignore_index": -(2**63)},
     ],
     ids=str,
@@ -176,6 +222,42 @@ def test_a_cached_check_is_not_a_check_skipped() -> None:
 def test_what_torch_accepts(options: dict[str, Any]) -> None:
     got = fastloss.cross_entropy(logits(), classes(), **options)
     torch.testing.assert_close(got, F.cross_entropy(logits(), classes(), **options))
+
+
+# With class indices for logits of 3 or more dimensions torch only counts the weights; with label smoothing their first
+# dimension must be the classes, and a mean wants a vector unless it has nothing to look up in it.
+@pytest.mark.parametrize("size", [(3, V, 4), (2, V, 2, 3), (0, V, 4), (2, 1, 3)], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("ignored", [False, True])
+def test_shapes_of_weights(size: tuple[int, ...], reduction: str, label_smoothing: float, ignored: bool) -> None:
+    C = size[1]
+    target = torch.full(size[:1] + size[2:], -100 if ignored else C - 1)
+
+    def outcome(loss: Callable[..., Tensor], weight: Tensor) -> Any:
+        x = logits(*size).requires_grad_()
+        try:
+            value = loss(x, target, weight, reduction=reduction, label_smoothing=label_smoothing)
+        except (RuntimeError, IndexError) as error:
+            return type(error)
+        # Of the mean of nothing torch's gradient is NaN, ours zero.
+        return value.detach(), torch.autograd.grad(value.sum(), x)[0].nan_to_num()
+
+    for shape in [(), (C,), (1, C), (C, 1), (1, C, 1), (C, 1, 1), (1,), (2, C), (C + 1,)]:
+        weight = torch.linspace(0.5, 2, int(np.prod(shape))).reshape(shape)
+        ours, theirs = outcome(fastloss.cross_entropy, weight), outcome(F.cross_entropy, weight)
+        if isinstance(ours, type) or isinstance(theirs, type):
+            assert ours is theirs, shape
+        else:
+            torch.testing.assert_close(ours, theirs, equal_nan=True)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("size", [(3, 0), (3, 0, 4), (0, 0, 4), (2, 0, 2, 2)], ids=str)
+def test_probabilities_of_no_class(size: tuple[int, ...], reduction: str) -> None:
+    x = torch.zeros(size)
+    got = fastloss.cross_entropy(x, x, reduction=reduction)
+    torch.testing.assert_close(got, F.cross_entropy(x, x, reduction=reduction), equal_nan=True)
 
 
 def test_a_number_in_a_tensor_is_read_each_time() -> None:
@@ -191,10 +273,17 @@ OURS: dict[str, tuple[type[Exception], str, Call]] = {
     "softcap 0": (ValueError, "softcap", lambda C: C(logits(), classes(), softcap=0.0)),
     "softcap < 0": (ValueError, "softcap", lambda C: C(logits(), classes(), softcap=-1.0)),
     "softcap NaN": (ValueError, "softcap", lambda C: C(logits(), classes(), softcap=float("nan"))),
+    "softcap, differentiable": (TypeError, "softcap", lambda C: C(logits(), classes(), softcap=differentiable())),
     "softcap text": (TypeError, "softcap", lambda C: C(logits(), classes(), softcap="a")),
     "logit_scale 0": (ValueError, "logit_scale", lambda C: C(logits(), classes(), logit_scale=0.0)),
+    "logit_scale, differentiable": (
+        TypeError,
+        "logit_scale",
+        lambda C: C(logits(), classes(), logit_scale=differentiable()),
+    ),
     "logit_scale text": (TypeError, "logit_scale", lambda C: C(logits(), classes(), logit_scale="a")),
     "no logit_scale": (TypeError, "logit_scale", lambda C: C(logits(), classes(), logit_scale=None)),
+    "z_loss, differentiable": (TypeError, "z_loss", lambda C: C(logits(), classes(), z_loss=differentiable())),
     "z_loss text": (TypeError, "z_loss", lambda C: C(logits(), classes(), z_loss="a")),
     "token_weight size": (ValueError, "token_weight", lambda C: C(logits(), classes(), token_weight=ones(2))),
     "token_weight list": (TypeError, "token_weight", lambda C: C(logits(), classes(), token_weight=[1, 1, 1])),
@@ -216,11 +305,7 @@ OURS: dict[str, tuple[type[Exception], str, Call]] = {
         "argument",
         lambda C: C(logits(), classes(), None, None, -100, None, "mean", 0.0, 0.1),
     ),
-    "inplace leaf": (
-        RuntimeError,
-        "inplace",
-        lambda C: C(logits().requires_grad_(), classes(), inplace=True),
-    ),
+    "inplace leaf": (RuntimeError, "inplace", lambda C: C(logits().requires_grad_(), classes(), inplace=True)),
     "inplace transposed": (ValueError, "inplace", lambda C: C(logits(V, N).t(), classes(), inplace=True)),
     "inplace expanded": (ValueError, "inplace", lambda C: C(logits(1, V).expand(N, V), classes(), inplace=True)),
     "inplace 3-d": (

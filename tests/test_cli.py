@@ -7,12 +7,14 @@ import math
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from fastloss import doctor
+from fastloss import bench, doctor
 from fastloss.backends import native
 
 _VARIABLES = ("FASTLOSS_BACKEND", "FASTLOSS_ISA")
@@ -184,3 +186,182 @@ def check_records(records: dict) -> None:
     for row in records["small calls"]:
         assert row["fastloss_us"] > 0 and row["torch_us"] > 0
     assert records["import time"][0]["import_ms"] > 0
+
+
+# ---- bench on a device that works while the host goes on: faked, its tensors lie on the CPU --------------------------
+
+
+class FakeModule:
+    """What the benchmark takes from torch.cuda. Time passes by one millisecond for each event, and can only be read
+    once the device was waited for."""
+
+    def __init__(self) -> None:
+        self.moments = self.seen = self.waits = self.spins = 0
+        self.peak = 0
+        module = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                module.moments += 1
+                self.moment = module.moments
+
+            def elapsed_time(self, end: Event) -> float:
+                assert self.moment < end.moment <= module.seen, "not waited for"
+                return end.moment - self.moment
+
+        self.Event = Event
+
+    def synchronize(self) -> None:
+        self.seen = self.moments
+        self.waits += 1
+
+    def get_device_properties(self, device: torch.device) -> SimpleNamespace:
+        return SimpleNamespace(name="Fake 100", total_memory=80 << 30, L2_cache_size=1 << 20)
+
+    def _sleep(self, cycles: int) -> None:
+        self.spins += 1
+
+    def mem_get_info(self) -> tuple[int, int]:
+        return 4 << 30, 80 << 30
+
+    def memory_reserved(self) -> int:
+        return 3 << 20
+
+    def memory_allocated(self) -> int:
+        return 2 << 20
+
+    def reset_peak_memory_stats(self) -> None:
+        self.peak = 10 << 20
+
+    def max_memory_allocated(self) -> int:
+        return self.peak
+
+    def empty_cache(self) -> None:
+        pass
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    for name in ("matplotlib", "psutil", "rich"):
+        pytest.importorskip(name)
+    from fastloss.bench import devices
+
+    used = []
+
+    @contextmanager
+    def use_backend(name):
+        used.append(name)
+        yield
+
+    module = FakeModule()
+    device = devices.Accelerator(torch.device("cpu"), module)
+    monkeypatch.setattr(devices, "open_device", lambda text: device)
+    monkeypatch.setattr(
+        devices, "refusals", lambda *call: {"cpu": "no", "cuda": None, "triton": None, "reference": None}
+    )
+    monkeypatch.setattr(devices, "use_backend", use_backend)
+    return SimpleNamespace(module=module, device=device, used=used)
+
+
+def test_bench_on_a_device(fake, monkeypatch, tmp_path, capsys):
+    """Both backends beside torch, by the device's own clock, in a report that says where."""
+    from fastloss.bench import cases, records
+
+    table = [cases.Case("plain", "float32", 16, 1000, backward) for backward in (True, False)]
+    monkeypatch.setattr(cases, "cases", lambda quick, accelerator: table if accelerator else [])
+    monkeypatch.setattr(records, "RECORDS", {name: records.RECORDS[name] for name in ("peak memory", "error")})
+    assert bench.main(quick=True, out=str(tmp_path), compiled=False, device="cuda") == 0
+    printed = capsys.readouterr().out
+    assert "Fake 100" in printed and "triton" in printed and "backend" in printed
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["machine"]["device"] == "cpu: Fake 100" and report["settings"]["device"] == "cuda"
+    for case in report["cases"]:
+        assert case["fastloss"] == {"fastloss": "cuda", "fastloss, triton": "triton"}
+        assert {"fastloss", "fastloss, triton", "torch", "floor"} <= set(case["seconds"])
+        for seconds in case["seconds"].values():
+            assert seconds == [1e-3] * 3  # from one event to the next, in seconds
+        assert case["ratios"]["fastloss, triton"]["share_of_floor"] == 1
+        assert case["ratios"]["fastloss"]["gb_per_s"] == pytest.approx(case["bytes"] / 1e6)
+    assert fake.used == (["cuda", "triton"] * (3 + 3)) * 2  # warm-ups and rounds, of two cases
+    for row in report["records"]["peak memory"]:
+        size = 4 if "float32" in row["case"] else 2
+        gradient = report["settings"]["record_shape"][0] * report["settings"]["record_shape"][1] * size
+        assert row["fastloss_mib"] * 2**20 == (8 << 20) - gradient
+
+
+def test_bench_waits_once_a_round(fake):
+    from fastloss.bench import cases, measure
+
+    race = measure.Race(cases.Case("plain", "float32", 16, 1000, True), cases.Settings(compiled=False), fake.device)
+    before = fake.module.waits, fake.module.spins
+    race.round()
+    assert fake.module.waits == before[0] + 1
+    assert fake.module.spins == before[1] + len(race.entries)
+
+
+def test_bench_rotates_inputs_on_a_device(fake):
+    """Together they are twice as large as the cache, each call has another than the last, and no gradient is kept."""
+    from fastloss.bench import cases, measure
+
+    case = cases.Case("plain", "float32", 16, 1000, True)
+    race = measure.Race(case, cases.Settings(compiled=False), fake.device)
+    sets = race.data.sets
+    assert sum(data.x.nbytes for data in sets) >= 2 << 20 > sum(data.x.nbytes for data in sets[1:])
+    assert not torch.equal(sets[0].x, sets[1].x)
+    read = []
+    race.entries = {str(i): measure.Alternative(lambda: read.append(race.data.turn)) for i in range(len(sets))}
+    race.seconds = {name: [] for name in race.entries}
+    race.round()
+    assert sorted(read) == list(range(len(sets)))
+    large = cases.Case("plain", "bfloat16", 16384, 32000, True)
+    assert fake.device.copies(large.N * large.V * 2) == 1  # no cache holds one of these
+    assert "GiB of memory, 4.0 GiB are available" in measure.not_enough_memory(large, fake.device)
+
+
+def test_bench_goes_on_after_a_failure(fake, monkeypatch, tmp_path, capsys):
+    """Out of memory in one case: the others are measured, the report is written, and the status says so."""
+    from fastloss.bench import cases, measure, records
+
+    table = [cases.Case("plain", "float32", N, 1000, True) for N in (8, 16)]
+    monkeypatch.setattr(cases, "cases", lambda quick, accelerator: table)
+    monkeypatch.setattr(records, "RECORDS", {})
+    run_case = measure.run
+
+    def run(case, *rest):
+        if case.N == 8:
+            raise torch.OutOfMemoryError("tried to allocate too much")
+        return run_case(case, *rest)
+
+    monkeypatch.setattr(measure, "run", run)
+    assert bench.main(quick=True, out=str(tmp_path), compiled=False, device="cuda") == 1
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [case["name"] for case in report["cases"]] == [table[1].name]
+    assert "tried to allocate too much" in report["skipped"][str(table[0])]
+    assert "tried to allocate too much" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
+@pytest.mark.parametrize(
+    ("name", "says"), [("cuda", "sees no cuda device"), ("gpu", "no device"), ("mps", "not on mps")]
+)
+def test_bench_says_that_there_is_no_device(tmp_path, capsys, name, says):
+    for extra in ("matplotlib", "psutil", "rich"):
+        pytest.importorskip(extra)
+    assert bench.main(quick=True, out=str(tmp_path), device=name) == 1
+    said = capsys.readouterr().err
+    assert says in said and len(said.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_table_for_accelerators():
+    from fastloss.bench.cases import cases
+
+    table = cases(accelerator=True)
+    assert len({case.name for case in table}) == len(table)
+    assert not any(case.environment for case in [*table, *cases(quick=True, accelerator=True)])
+    for dtype in ("bfloat16", "float32"):
+        for N, V in (16384, 32000), (8192, 128256), (4096, 262144):
+            assert {c.backward for c in table if (c.dtype, c.N, c.V, c.loss) == (dtype, N, V, "plain")} == {True, False}

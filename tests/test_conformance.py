@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from engines import ONE_OF_EACH, on_engine
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -24,23 +25,16 @@ try:
 except ImportError as error:  # private, and different in every torch
     pytest.skip(f"torch.testing._internal of torch {torch.__version__}: {error}", allow_module_level=True)
 
-# torch's own vmap and forward AD still script their decompositions when they are first used.
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+pytestmark = [
+    # torch's own vmap and forward AD still script their decompositions when they are first used.
+    pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
-BACKENDS = ("cpu", "reference")
 ISAS = _native.available_isas()
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 REFERENCE = loss_reference_fns["CrossEntropyLoss"]
 OP_SAMPLES, MODULE_SAMPLES = 21, 105  # in torch 2.13; fewer means that the material has moved, not that all is well
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Small tensors: where others use the cores, waiting for a second thread takes longer than all the rest."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Sample(NamedTuple):
@@ -92,9 +86,9 @@ def _same_samples() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=ONE_OF_EACH)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    with fastloss.use_backend(request.param):
+    with on_engine(request.param):
         yield request.param
 
 

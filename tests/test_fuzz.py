@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
+from engines import ONE_OF_EACH, on_engine
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 import fastloss
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 quiet = [HealthCheck.too_slow, HealthCheck.filter_too_much]
 settings.register_profile("ci", derandomize=True, database=None, deadline=None, suppress_health_check=quiet)
@@ -26,15 +29,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 CLASSES = (1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 64, 100, 257, 1030)  # around vectors, and past the first tile
 LAYOUTS = ("dense", "classes last", "every other", "offset", "one row for all")
 UPSTREAM = ("random", "one for all", "transposed", "zero")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Small tensors: where others use the cores, waiting for a second thread takes longer than all the rest."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Call(NamedTuple):
@@ -171,14 +165,14 @@ def check_against(got: list[Tensor], theirs: list[Tensor], exact: list[Tensor], 
         assert bool((error <= allowed + slack).all()), f"{largest(error):.3g}, torch {allowed:.3g}, scale {scale:.3g}"
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", ONE_OF_EACH)
 @fuzz_more
 @given(call=calls())
 def test_like_torch(backend: str, call: Call) -> None:
     assume(not weighs_nothing(call))  # x / 0, where torch adds one NaN to one infinity: nobody's promise
     before = (call.input.clone(), call.target.clone())
     signed = call if call.target.is_floating_point() else call._replace(target=call.target.long())
-    with fastloss.use_backend(backend):
+    with on_engine(backend):
         got = value_and_grad(fastloss.cross_entropy, call)
     theirs, exact = value_and_grad(F.cross_entropy, signed), value_and_grad(F.cross_entropy, signed, torch.float64)
     magnitude = 1 + largest(call.input)
@@ -256,7 +250,7 @@ def close(got: Tensor, want: Tensor, dtype: torch.dtype, scale: float, what: str
     )
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", ONE_OF_EACH)
 @fuzz
 @given(data=st.data())
 def test_our_options_like_the_textbook(backend: str, data: st.DataObject) -> None:
@@ -266,7 +260,7 @@ def test_our_options_like_the_textbook(backend: str, data: st.DataObject) -> Non
     oracle = call.input.detach().double().requires_grad_()
     want, stats = textbook(oracle, call, our)
     stated = data.draw(st.booleans())
-    with fastloss.use_backend(backend):
+    with on_engine(backend):
         got = fastloss.cross_entropy(x, call.target, return_stats=stated, **call.options, **our)
         if stated:
             got, ours = got

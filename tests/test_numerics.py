@@ -81,6 +81,38 @@ def test_target_on_a_masked_class(engine, generator):
     assert ours[0][0] == torch.inf
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.5, 0.7, 1.1])
+@pytest.mark.parametrize("mask", [-1e10, -1e30, torch.finfo(torch.float32).min])
+def test_finite_masks(engine, mask, scale, generator):
+    """A large finite number in place of -inf: on the first classes, the last, all, and the target."""
+    x, y, _ = CASES[0].inputs(5, 4000, torch.float32, generator)
+    x[0, 1000:], y[0] = mask, 5
+    x[3, :3000], y[3] = mask, 3001
+    if scale in (1.0, 0.5):  # otherwise their product is rounded, by more than the numbers that are left
+        x[1] = mask
+        x[2, y[2]] = mask
+    for options in {}, {"reduction": "none"}:
+        ours = value_and_grad(fastloss.cross_entropy, x, None, y, logit_scale=scale, **options)
+        exact = x.double().clamp(min=torch.finfo(torch.float32).min / max(scale, 1)) * scale
+        want = value_and_grad(F.cross_entropy, exact, None, y, **options)
+        finite = want[0] < 1e30  # float32 may overflow where the target is masked
+        torch.testing.assert_close(ours[0].double()[finite], want[0][finite], rtol=1e-5, atol=1e-6)
+        assert (ours[0][~finite] > 1e29).all()
+        torch.testing.assert_close(ours[1].double(), want[1] * scale, rtol=2e-5, atol=1e-7)
+
+
+def test_a_rare_target_keeps_its_gradient(engine, generator):
+    """Where nothing is taken from the target's probability, its entry has all its digits however small it is."""
+    x, y, _ = CASES[0].inputs(3, 50000, torch.float32, generator)
+    want = x.double().softmax(1).gather(1, y[:, None])
+    leaf = x.clone().requires_grad_()
+    stats = fastloss.cross_entropy(leaf, y, return_stats=True)[1]
+    (grad,) = torch.autograd.grad(stats.lse.sum(), leaf)
+    torch.testing.assert_close(grad.gather(1, y[:, None]).double(), want, rtol=5e-6, atol=0)
+    grad = value_and_grad(fastloss.cross_entropy, x, None, y, label_smoothing=1.0, reduction="sum")[1]
+    torch.testing.assert_close(grad.gather(1, y[:, None]).double(), want - 1 / 50000, rtol=5e-3, atol=1e-11)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("column", [0, 1500, 2999])
 def test_one_bad_row_stays_alone(engine, bad, column, generator):

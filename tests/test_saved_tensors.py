@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from engines import ONE_OF_EACH, on_engine
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -16,7 +17,6 @@ from fastloss import _native
 
 N, V = 6, 37
 Loss = Callable[..., Any]
-BACKENDS = ("cpu", "reference")
 
 # name -> (class probabilities?, options)
 CASES: dict[str, tuple[bool, dict[str, Any]]] = {
@@ -30,10 +30,10 @@ cases = pytest.mark.parametrize("case", CASES)
 reductions = pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 
 
-@pytest.fixture(params=BACKENDS, autouse=True)
+@pytest.fixture(params=ONE_OF_EACH, autouse=True)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     torch.manual_seed(0)
-    with fastloss.use_backend(request.param):
+    with on_engine(request.param):
         yield request.param
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from engines import ONE_OF_EACH, on_engine
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.functional import hessian, jacobian
@@ -21,26 +22,17 @@ import fastloss
 pytestmark = [
     # torch's own vmap and forward AD still script their decompositions when they are first used.
     pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning"),
+    pytest.mark.usefixtures("one_thread"),
 ]
 
 N, V = 6, 37
 Loss = Callable[..., Any]
-BACKENDS = ("cpu", "reference")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Small tensors: where others use the cores, waiting for a second thread takes longer than all the rest."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(params=BACKENDS, autouse=True)
+@pytest.fixture(params=ONE_OF_EACH, autouse=True)
 def _backend(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.manual_seed(0)
-    with fastloss.use_backend(request.param):
+    with on_engine(request.param):
         yield
 
 

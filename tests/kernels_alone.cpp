@@ -1,0 +1,139 @@
+// The CPU kernels without Python or torch, against the textbook in double: for processors that are only emulated here.
+// `make aarch64` compiles it for NEON and runs it under qemu. Prints what is wrong; exits with 1 if anything is.
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "../csrc/cpu/rows.h"
+
+namespace fastloss {
+namespace FASTLOSS_ISA {
+extern const Kernels kernels_float32;
+extern const Kernels kernels_float64;
+}  // namespace FASTLOSS_ISA
+
+void run_team(void (*body)(void*), void* context, int) { body(context); }
+
+namespace {
+
+template <class To, class From>
+To bits(From from) {
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+double read(const char* p, DType dtype) {
+  uint16_t half;
+  std::memcpy(&half, p, sizeof half);
+  switch (dtype) {
+    case DType::kFloat64:
+      return *reinterpret_cast<const double*>(p);
+    case DType::kFloat32:
+      return *reinterpret_cast<const float*>(p);
+    case DType::kBFloat16:
+      return bits<float>(uint32_t(half) << 16);
+    default:
+      return bits<__fp16>(half);
+  }
+}
+
+// Rounded to nearest; `x` is left with the value that was written.
+void write(char* p, DType dtype, double& x) {
+  if (dtype == DType::kFloat64) {
+    std::memcpy(p, &x, 8);
+  } else if (dtype == DType::kFloat32) {
+    const float f = float(x);
+    std::memcpy(p, &f, 4);
+  } else {
+    const uint32_t wide = bits<uint32_t>(float(x));
+    const uint16_t brain = uint16_t((wide + 0x7fffu + ((wide >> 16) & 1u)) >> 16);
+    const uint16_t half = dtype == DType::kBFloat16 ? brain : bits<uint16_t>(__fp16(float(x)));
+    std::memcpy(p, &half, 2);
+  }
+  x = read(p, dtype);
+}
+
+struct Case {
+  DType dtype;
+  int64_t N, V;
+  double softcap, label_smoothing;
+};
+
+// The mean loss, and its gradient in `g`.
+double textbook(const Case& c, const std::vector<double>& x, const std::vector<int64_t>& y, std::vector<double>& g) {
+  double loss = 0;
+  for (int64_t i = 0; i < c.N; ++i) {
+    std::vector<double> z(x.begin() + i * c.V, x.begin() + (i + 1) * c.V);
+    double top = -INFINITY, sum = 0;
+    for (double& v : z) {
+      if (c.softcap > 0) v = c.softcap * std::tanh(v / c.softcap);
+      top = std::fmax(top, v);
+    }
+    for (const double v : z) sum += std::exp(v - top);
+    const double lse = top + std::log(sum), smooth = c.label_smoothing / double(c.V);
+    loss -= (1 - c.label_smoothing) * (z[size_t(y[i])] - lse);
+    for (int64_t j = 0; j < c.V; ++j) {
+      if (smooth > 0) loss -= smooth * (z[size_t(j)] - lse);
+      double d = std::exp(z[size_t(j)] - lse) - smooth - (j == y[i] ? 1 - c.label_smoothing : 0);
+      if (c.softcap > 0) d *= 1 - (z[size_t(j)] / c.softcap) * (z[size_t(j)] / c.softcap);
+      g[size_t(i * c.V + j)] = d / double(c.N);
+    }
+  }
+  return loss / double(c.N);
+}
+
+bool agrees(const Case& c, std::mt19937& random) {
+  std::normal_distribution<double> normal(0, 3);
+  const int64_t size = size_of(c.dtype);
+  std::vector<double> x(size_t(c.N * c.V)), want(x.size());
+  std::vector<char> logits(x.size() * size_t(size)), grad(logits.size());
+  std::vector<int64_t> y(size_t(c.N), 0);
+  for (auto& t : y) t = int64_t(random() % uint64_t(c.V));
+  for (int64_t k = 0; k < c.N * c.V; ++k) {
+    const bool masked = c.softcap == 0 && c.label_smoothing == 0 && k % 7 == 3 && k % c.V != y[size_t(k / c.V)];
+    x[size_t(k)] = masked ? -INFINITY : normal(random);
+    write(&logits[size_t(k * size)], c.dtype, x[size_t(k)]);
+  }
+  Rows rows;
+  rows.input = {logits.data(), c.N, c.V, c.V, c.dtype};
+  rows.target = y.data();
+  rows.spec.softcap = c.softcap;
+  rows.spec.label_smoothing = c.label_smoothing;
+  Reduced reduced;
+  reduced.grad = {grad.data(), c.N, c.V, c.V, c.dtype};
+  const Kernels& kernels = c.dtype == DType::kFloat64 ? FASTLOSS_ISA::kernels_float64 : FASTLOSS_ISA::kernels_float32;
+  const double loss = kernels.row_loss_grad(rows, reduced), truth = textbook(c, x, y, want);
+  double largest = 1 / double(c.N), error = 0;
+  for (const double v : want) largest = std::fmax(largest, std::fabs(v));
+  for (size_t k = 0; k < want.size(); ++k) {
+    const double off = std::fabs(read(&grad[k * size_t(size)], c.dtype) - want[k]) / largest;
+    error = off > error || off != off ? off : error;
+  }
+  constexpr double kTolerance[] = {1e-6, 1e-13, 5e-3, 1e-3};
+  const double loss_error = std::fabs(loss - truth) / std::fmax(1, std::fabs(truth));
+  if (error <= kTolerance[int(c.dtype)] && loss_error <= (c.dtype == DType::kFloat64 ? 1e-13 : 2e-6)) return true;
+  std::printf("dtype %d, V %ld, softcap %g, smoothing %g: loss off by %g, gradient by %g\n", int(c.dtype), long(c.V),
+              c.softcap, c.label_smoothing, loss_error, error);
+  return false;
+}
+
+}  // namespace
+}  // namespace fastloss
+
+int main() {
+  using namespace fastloss;
+  std::mt19937 random(1);
+  int count = 0, wrong = 0;
+  for (int dtype = 0; dtype < 4; ++dtype)
+    for (const int64_t V : {1, 3, 4, 5, 7, 8, 9, 15, 16, 17, 64, 65, 2047, 2048, 2049, 5003})
+      for (const double softcap : {0.0, 5.0})
+        for (const double smoothing : {0.0, 0.1}) {
+          ++count;
+          wrong += !agrees({DType(dtype), 3, V, softcap, smoothing}, random);
+        }
+  std::printf("%d cases, %d wrong\n", count, wrong);
+  return wrong > 0;
+}

@@ -1,0 +1,108 @@
+"""Triton's kernels without a GPU: executed from their PTX, or only compiled, for any architecture."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from gpu_on_cpu import find_ptxemu
+
+import fastloss
+from fastloss.backends import device
+from fastloss.backends import triton as backend
+from fastloss.spec import make_spec
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942", "gfx950")
+
+
+@contextmanager
+def emulated(**options: Any) -> Iterator[list[Any]]:
+    """Inside, the triton backend runs on CPU tensors: compiled for sm_80 and executed by ptxemu. Yields the counters of
+    each launch."""
+    backend.device_types.add("cpu")
+    try:
+        with fastloss.use_backend("triton"), find_ptxemu().triton_emulate(check_races=True, **options) as log:
+            yield log
+    finally:
+        backend.device_types.discard("cpu")
+
+
+class Launch(NamedTuple):
+    kernel: Any
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+def launches(run: Callable[[device.Kernels], None]) -> list[Launch]:
+    """What `run` would launch; nothing is executed."""
+    from triton.runtime.jit import JITFunction
+
+    log: list[Launch] = []
+
+    def record(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        log.append(Launch(self, args, options))
+
+    run_kernel = JITFunction.run
+    JITFunction.run = record
+    try:
+        run(backend.kernels())
+    finally:
+        JITFunction.run = run_kernel
+    return log
+
+
+def make_rows(
+    N: int, V: int, dtype: torch.dtype, soft: bool = False, weight: bool = False, **spec: Any
+) -> tuple[device.Rows, dict[str, torch.Tensor]]:
+    """Random rows, and memory for what is computed of them."""
+    x = torch.randn(N, V).mul(3).to(dtype)
+    y = torch.rand(N, V).softmax(1).to(dtype) if soft else torch.randint(V, (N,))
+    spec = {"ignore_index": -100, "label_smoothing": 0.0, **spec}
+    rows = device.make_rows(x, y, torch.rand(V).to(dtype) if weight else None, make_spec(**spec))
+    F = rows.compute_dtype
+    out = {"loss": torch.empty(N, dtype=F), "stats": torch.empty(device.STATS, N, dtype=F)}
+    return rows, {**out, "grad": torch.empty_like(x), "denominator": torch.full((), N, dtype=F)}
+
+
+def compiled(launch: Launch, target: str) -> Any:
+    """The kernel as Triton's JIT would compile it for these arguments on a GPU of another architecture."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    nvidia = target.startswith("sm_")
+    gpu = GPUTarget("cuda", int(target[3:]), 32) if nvidia else GPUTarget("hip", target, 64)
+    compiler = make_backend(gpu)
+    bind = create_function_from_signature(launch.kernel.signature, launch.kernel.params, compiler)
+    bound, specialization, options = bind(*launch.args, **launch.options)
+    options, *source = launch.kernel._pack_args(compiler, launch.options, bound, specialization, options)
+    return triton.compile(ASTSource(launch.kernel, *source), target=gpu, options=options.__dict__)
+
+
+class Resources(NamedTuple):
+    """What one thread takes, and how many bytes of it went to memory."""
+
+    registers: int
+    spilled: int
+
+
+def resources(kernel: Any) -> Resources:
+    if "amdgcn" in kernel.asm:
+        found = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count|sgpr_spill_count): +(\d+)", kernel.asm["amdgcn"]))
+        return Resources(int(found["vgpr_count"]), int(found["vgpr_spill_count"]) + int(found["sgpr_spill_count"]))
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(kernel.asm["cubin"])
+        cubin.flush()
+        usage = subprocess.run([tool, "-res-usage", cubin.name], capture_output=True, text=True, check=True).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+    return Resources(int(registers), int(stack))

@@ -1,0 +1,75 @@
+"""The tests of the losses on the triton backend in Triton's interpreter, which decides when triton is imported whether
+it takes the kernels. So test_triton.py starts another Python for this file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import cases
+import pytest
+import torch
+from cases import CASES, DTYPES, SHAPES
+from check import assert_as_good_as_torch
+from test_cross_entropy import (  # noqa: F401
+    test_normalizer_may_be_a_tensor,
+    test_out_dtype_and_autocast,
+    test_stats,
+    test_target_dtypes,
+    test_upstream_gradients,
+)
+from test_numerics import (  # noqa: F401
+    test_all_rows_ignored,
+    test_ignored_rows_are_never_read,
+    test_logits_of_both_signs,
+    test_masked_vocabulary,
+    test_masked_vocabulary_with_weights_and_probabilities,
+    test_no_rows,
+    test_one_bad_row_stays_alone,
+    test_target_on_a_masked_class,
+)
+
+import fastloss
+
+pytestmark = [
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy's, of infinities and NaN
+    pytest.mark.usefixtures("one_thread", "truncated_bfloat16"),
+]
+
+
+@pytest.fixture(params=["triton"])
+def engine(request: pytest.FixtureRequest) -> Iterator[str]:
+    with fastloss.use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def truncated_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter does not round to bfloat16, it cuts off."""
+    monkeypatch.setitem(cases.TOLERANCE, torch.bfloat16, 2 * cases.TOLERANCE[torch.bfloat16])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_case(engine, case, dtype, generator):
+    """Every case in every dtype; shapes and reductions take turns."""
+    turn = CASES.index(case) + DTYPES.index(dtype)
+    for k, (N, V) in enumerate(list(SHAPES.values())[turn % 3 :: 3]):
+        x, y, options = case.inputs(N, V, dtype, generator)
+        reduction = ("mean", "none", "sum")[(k + turn // 3) % 3]
+        if reduction == "none" and "normalizer" in options:
+            reduction = "mean"
+        upstream = torch.rand(N, generator=generator) if reduction == "none" else None
+        assert_as_good_as_torch(
+            fastloss.cross_entropy, case.oracle, x, y, {**options, "reduction": reduction}, upstream
+        )
+
+
+@pytest.mark.parametrize("case", CASES[::2], ids=lambda case: case.name)
+def test_logits_far_from_zero(engine, case, generator):
+    for turn, dtype in enumerate((torch.float32, torch.bfloat16, torch.float64)):
+        offset = (1e4, -1e4, 3e5, -3e7)[(CASES.index(case) + turn) % 4]
+        x, y, options = case.inputs(3, 1501, dtype, generator)
+        noise = 4e-16 * abs(offset) if dtype == torch.float64 else 0.0  # the float64 oracle's own
+        assert_as_good_as_torch(fastloss.cross_entropy, case.oracle, x + offset, y, options, noise=noise)
