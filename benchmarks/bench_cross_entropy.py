@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 
 from fastloss.bench import measure, records
-from fastloss.bench.cases import Case, cases
-from fastloss.bench.measure import FASTLOSS
+from fastloss.bench.cases import FASTLOSS, Case, cases
 from fastloss.bench.report import Report
 
 # A compiler's warnings are no failure of a benchmark.
@@ -21,20 +20,24 @@ pytestmark = pytest.mark.filterwarnings("default")
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" in metafunc.fixturenames:
-        table = cases(metafunc.config.getoption("quick"))
+        accelerator = not metafunc.config.getoption("device").startswith("cpu")
+        table = cases(metafunc.config.getoption("quick"), accelerator)
         metafunc.parametrize("case", table, ids=[case.name for case in table])
 
 
 def test_case(case: Case, benchmark: Any, report: Report) -> None:
-    if why := measure.not_enough_memory(case):
+    if why := measure.not_enough_memory(case, report.device):
         report.skipped[str(case)] = why
         pytest.skip(why)
     benchmark.group = case.work
     settings = report.settings
     if case.environment:  # torch reads it when it starts: timed over there
         result = benchmark.pedantic(records.in_child, (case, settings))
+    elif not report.device.wall_clock:  # timed by the device's own events: pytest's time is that of measuring
+        result = benchmark.pedantic(measure.run, (case, settings, report.device))
+        report.device.release()
     else:
-        race = measure.Race(case, settings)
+        race = measure.Race(case, settings, report.device)
         fastloss = race.entries[FASTLOSS]
 
         def others() -> None:
@@ -54,6 +57,6 @@ def test_case(case: Case, benchmark: Any, report: Report) -> None:
 def test_record(name: str, benchmark: Any, report: Report) -> None:
     """Not timings of one call: what was measured is in `extra_info`, the time is that of measuring it."""
     benchmark.group = "records"
-    rows = benchmark.pedantic(records.RECORDS[name], (report.settings,))
+    rows = benchmark.pedantic(records.RECORDS[name], (report.settings, report.device))
     benchmark.extra_info["rows"] = rows
     report.records[name] = rows

@@ -12,6 +12,7 @@ if absent := missing():
     raise pytest.UsageError(absent)
 
 from fastloss.bench.cases import Settings
+from fastloss.bench.devices import Unavailable, open_device
 from fastloss.bench.report import Report
 
 _REPORT = pytest.StashKey[Report]()
@@ -21,13 +22,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fastloss")
     group.addoption("--quick", action="store_true", help="small shapes, few rounds: a smoke test, no measurement")
     group.addoption("--no-compile", action="store_true", help="leave out torch.compile")
+    group.addoption("--device", default="cpu", help="cpu, cuda, cuda:1, xpu: where to measure (default: cpu)")
     group.addoption("--report-dir", default="out/bench", help="for report.json and report.png (default: out/bench)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     compiled = not config.getoption("no_compile")
-    settings = Settings.quick(compiled) if config.getoption("quick") else Settings(compiled=compiled)
-    config.stash[_REPORT] = Report(settings)
+    settings = Settings.of(config.getoption("quick"), compiled, config.getoption("device"))
+    try:
+        config.stash[_REPORT] = Report(settings, open_device(settings.device))
+    except Unavailable as why:
+        raise pytest.UsageError(f"--device {settings.device}: {why}") from None
 
 
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Module | None:

@@ -37,12 +37,8 @@ def arguments(function: object, like: object) -> list[tuple[str, str, str]]:
 
 
 def backends() -> list[tuple[str, ...]]:
-    """Which backend takes which logits on a CPU."""
-    rows = []
-    for dtype in COMPUTE_DTYPE:
-        takes = [b.refuses(torch.device("cpu"), dtype, torch.int64) is None for b in BACKENDS]
-        rows.append((f"{dtype}".removeprefix("torch."), *("yes" if t else "" for t in takes)))
-    return rows
+    """The backends in the order in which they are asked."""
+    return [(f"`{backend.name}`", backend.runs_on) for backend in BACKENDS]
 
 
 def markdown(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
@@ -56,7 +52,8 @@ def generated() -> str:
         ("`fastloss.cross_entropy` takes", "which is", "torch too"),
         arguments(fastloss.cross_entropy, torch.nn.functional.cross_entropy),
     )
-    return "\n\n".join([BEGIN, table, markdown(("logits", *(b.name for b in BACKENDS)), backends()), END])
+    dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in COMPUTE_DTYPE)
+    return "\n\n".join([BEGIN, table, markdown(("backend", f"runs on ({dtypes})"), backends()), END])
 
 
 def update(text: str) -> str:
