@@ -148,14 +148,20 @@ struct PlainSums {
 
 template <class E, class F, class T>
 inline PlainSums<F> tile_plain(const T* z, int64_t n, F m, F scale, TileWeights<F> weights) {
-  Vec<F> plain = {}, mass = {};
-  for (int64_t i = 0; i < n; i += kLanes<F>) {
-    if (weights.w) prefetch_after(weights.w + i, kLanes<F>);
+  constexpr int L = kLanes<F>, kSums = 4;  // rounding errors of equal numbers add up, the fewer to a sum the better
+  Vec<F> plain[kSums] = {}, mass[kSums] = {};
+  const auto step = [&](int64_t i, int k) {
+    if (weights.w) prefetch_after(weights.w + i, L);
     const Vec<F> w = weights.at(i);
-    plain += w == 0 ? Vec<F>{} : w * (E::get(z + i) * scale - m);
-    mass += w;
-  }
-  return {sum_lanes<F>(plain), sum_lanes<F>(mass)};
+    plain[k] += w == 0 ? Vec<F>{} : w * (E::get(z + i) * scale - m);
+    mass[k] += w;
+  };
+  int64_t i = 0;
+  for (; i + kSums * L <= n; i += kSums * L)
+    for (int k = 0; k < kSums; ++k) step(i + k * L, k);
+  for (; i < n; i += L) step(i, 0);
+  return {sum_lanes<F>((plain[0] + plain[1]) + (plain[2] + plain[3])),
+          sum_lanes<F>((mass[0] + mass[1]) + (mass[2] + mass[3]))};
 }
 
 // q' = w ((1 - eps) q + eps / V): the smoothed, weighted class probabilities, in place.
