@@ -14,19 +14,20 @@ namespace {
 
 // Before anything is written: a class index outside [0, V) that is not ignore_index is the caller's error.
 void check_targets(const Rows& r) {
-  if (r.spec.soft) return;
-  for (int64_t i = 0; i < r.input.rows; ++i)
-    if (!r.ignored(i) && (r.target[i] < 0 || r.target[i] >= r.input.cols))
+  if (!r.spec.indexed()) return;
+  for (int64_t i = 0; i < r.input.rows * r.picks; ++i)
+    if (r.target[i] != r.ignore_index && (r.target[i] < 0 || r.target[i] >= r.input.cols))
       throw py::index_error("target: expected class indices in [0, " + std::to_string(r.input.cols) +
                             ") or ignore_index (" + std::to_string(r.ignore_index) + "), but Target " +
                             std::to_string(r.target[i]) + " is out of bounds.");
 }
 
-void row_loss(const py::tuple& rows_tuple, uintptr_t loss, uintptr_t stats, uintptr_t argmax, bool extras) {
+void row_loss(const py::tuple& rows_tuple, uintptr_t loss, uintptr_t stats, uintptr_t argmax, uintptr_t rank,
+              bool extras) {
   const Rows rows = parse_rows(rows_tuple);
   check_targets(rows);
   const RowOutputs out{reinterpret_cast<void*>(loss), reinterpret_cast<void*>(stats),
-                       reinterpret_cast<int64_t*>(argmax), extras};
+                       reinterpret_cast<int64_t*>(argmax), reinterpret_cast<int64_t*>(rank), extras};
   const py::gil_scoped_release release;
   kernels(rows.input.dtype).row_loss(rows, out);
 }

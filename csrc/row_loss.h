@@ -11,25 +11,37 @@
 
 namespace fastloss {
 
+// What the target of a row is, and what is asked of the logits against it; the list is Objective's in spec.py.
+enum class Objective : int { kIndex, kProbs, kTopK, kTopKTail, kForwardKL, kReverseKL, kJS };
+
 // What the caller chose, the same for all rows.
 struct Spec {
   double label_smoothing = 0;
   double z_loss = 0;
   double softcap = 0;  // 0: none
   double logit_scale = 1;
-  bool soft = false;  // targets are class probabilities
+  Objective objective = Objective::kIndex;
+  double target_scale = 1;  // of target logits
+  double beta = 0.5;        // of kJS
+
+  FASTLOSS_HD bool soft() const { return objective == Objective::kProbs; }  // targets are class probabilities
+  FASTLOSS_HD bool listed() const { return objective == Objective::kTopK || objective == Objective::kTopKTail; }
+  FASTLOSS_HD bool indexed() const { return objective == Objective::kIndex || listed(); }
+  FASTLOSS_HD bool paired() const { return int(objective) >= int(Objective::kForwardKL); }  // targets are logits
 };
 
 inline namespace FASTLOSS_ISA {
 
 // What one row's target contributes. `logit` + `residue` is z_y, the residue what rounding took from it in float;
-// weight_sum is the sum of the class weights (V without weights).
+// weight_sum is the sum of the class weights (V without weights). Of a list: sum q_k w_k (z_k - m) and sum q_k w_k.
 template <class F>
 struct RowTarget {
   F logit = 0;
   F residue = 0;
   F weight = 1;
   F weight_sum = 0;
+  F plain = 0;
+  F mass = 0;
 };
 
 // One row's statistics: enough for the loss, for what the caller may ask back, and for the gradient.
@@ -65,10 +77,14 @@ FASTLOSS_HD inline RowStats<F> finalize(const Spec& spec, const RowState<F>& s, 
   row.entropy = row.log_sum - quotient(s.moment, s.sum);
   const F smooth = quotient(F(spec.label_smoothing), F(V)), sharp = 1 - F(spec.label_smoothing);
   const F spread = s.plain - times(s.mass, row.log_sum);  // sum w_j log p_j
-  if (spec.soft) {
+  if (spec.soft()) {
     row.log_prob = spread;
     row.mass = s.mass;
     *loss = -spread;
+  } else if (spec.listed()) {
+    row.log_prob = y.plain - times(y.mass, row.log_sum);
+    row.mass = sharp * y.mass + smooth * y.weight_sum;
+    *loss = -times(sharp, row.log_prob) - times(smooth, spread);
   } else {
     const F log_prob = ((y.logit - s.centre) + y.residue) - row.log_sum;
     row.log_prob = log_prob > 0 ? F(0) : log_prob;  // rounding must not make a probability above one
@@ -90,13 +106,105 @@ FASTLOSS_HD inline Coefficients<F> coefficients(const Spec& spec, const RowStats
     c.A += g.entropy * (row.log_sum - row.entropy);
     c.E = -g.entropy;
   }
-  if (spec.soft) {
+  if (spec.soft()) {
     c.A -= g.log_prob * row.mass;
     c.Q = g.loss - g.log_prob;
+  } else if (spec.listed()) {  // B: times q_k w_k
+    c.B = g.loss * (1 - F(spec.label_smoothing));
+    c.C = times(quotient(F(spec.label_smoothing), F(V)), g.loss);
   } else {
     c.A -= g.log_prob;
     c.B = g.loss * (1 - F(spec.label_smoothing)) * target_weight - g.log_prob;
     c.C = times(quotient(F(spec.label_smoothing), F(V)), g.loss);
+  }
+  return c;
+}
+
+// A target of some classes and, as one class, all others: the tail, whose exponentials are kept about their own centre,
+// so that they keep their digits where the tail is nearly nothing.
+template <class F>
+struct TailStats {
+  F centre, log_sum;  // of the tail
+  F lse, log_prob;    // of all; of the tail: log P(tail)
+  F mass, rest;       // of the target: of all; of the tail
+};
+
+// `tail`: the others' state. `y`: the listed ones' sums, about `centre`, and `log_sum` that of all about it.
+template <class F>
+FASTLOSS_HD inline TailStats<F> finalize_tail(const Spec& spec, const RowState<F>& tail, const RowTarget<F>& y,
+                                              F centre, F log_sum, F* loss) {
+  TailStats<F> row{0, 0, centre + log_sum, -INFINITY, 0, 0};
+  if (tail.sum > 0) {
+    row.centre = tail.centre;
+    row.log_sum = std::log(tail.sum);
+    const F log_prob = (tail.centre - centre) + (row.log_sum - log_sum);
+    row.log_prob = log_prob > 0 ? F(0) : log_prob;
+  }
+  row.rest = y.mass < 1 ? 1 - y.mass : F(0);
+  row.mass = y.mass + row.rest;
+  *loss = -(y.plain - times(y.mass, log_sum)) - times(row.rest, row.log_prob);
+  *loss += times(F(spec.z_loss), row.lse * row.lse);
+  return row;
+}
+
+// A: times e^(z_j - m_tail) / s_tail of a class of the tail.
+template <class F>
+FASTLOSS_HD inline Coefficients<F> coefficients(const Spec& spec, const TailStats<F>& row, F g) {
+  Coefficients<F> c;
+  c.A = g * ((row.mass + 2 * F(spec.z_loss) * row.lse) * std::exp(row.log_prob) - row.rest);
+  c.B = g;
+  return c;
+}
+
+// Of a divergence from target logits: both centres and log-sums, and E[r] (KL) or KL(p || m) (JS).
+template <class F>
+struct PairStats {
+  F centre, log_sum, target_centre, target_log_sum, tilt;
+};
+
+// KL(q || m) and KL(p || m), from the second round over a row.
+template <class F>
+struct Mixture {
+  F target = 0, logits = 0;
+};
+
+template <class F>
+FASTLOSS_HD inline PairStats<F> log_sums(const PairState<F>& s) {
+  return {s.centre, std::log(s.sum), s.target_centre, std::log(s.target_sum), F(0)};
+}
+
+template <class F>
+FASTLOSS_HD inline PairStats<F> finalize(const Spec& spec, const PairState<F>& s, const Mixture<F>& m, F* loss) {
+  PairStats<F> row = log_sums(s);
+  if (spec.objective == Objective::kForwardKL) {
+    row.tilt = quotient(s.tilt, s.target_sum);
+    *loss = (row.tilt - row.target_log_sum) + row.log_sum;
+  } else if (spec.objective == Objective::kReverseKL) {
+    row.tilt = quotient(s.tilt, s.sum);
+    *loss = (row.tilt - row.log_sum) + row.target_log_sum;
+  } else {
+    row.tilt = m.logits;
+    *loss = F(spec.beta) * m.target + (1 - F(spec.beta)) * m.logits;
+  }
+  const F lse = row.centre + row.log_sum;
+  *loss += times(F(spec.z_loss), lse * lse);
+  return row;
+}
+
+// Q multiplies q_j (forward KL) or p_j log(p_j / m_j) (JS); r_j = (z_j - m_z) - (u_j - m_u).
+template <class F>
+FASTLOSS_HD inline Coefficients<F> coefficients(const Spec& spec, const PairStats<F>& row, const Upstream<F>& g) {
+  Coefficients<F> c;
+  c.A = g.loss * times(2 * F(spec.z_loss), row.centre + row.log_sum) + g.lse;
+  if (spec.objective == Objective::kForwardKL) {
+    c.A += g.loss;
+    c.Q = g.loss;
+  } else if (spec.objective == Objective::kReverseKL) {
+    c.A -= g.loss * row.tilt;
+    c.E = g.loss;
+  } else {
+    c.A -= g.loss * (1 - F(spec.beta)) * row.tilt;
+    c.Q = -g.loss * (1 - F(spec.beta));
   }
   return c;
 }

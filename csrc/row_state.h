@@ -65,5 +65,35 @@ FASTLOSS_HD inline RowState<F> merge(const RowState<F>& a, const RowState<F>& c)
   return {M, x.sum + y.sum, x.moment + y.moment, x.plain + y.plain, x.mass + y.mass};
 }
 
+// The state of a row of logits z beside one of target logits u (divergences): each one's centre and sum, and
+//
+//   tilt = sum e^(u_j - m_u) ((u_j - m_u) - (z_j - m_z))    where the expectation is the target's
+//   tilt = sum e^(z_j - m_z) ((z_j - m_z) - (u_j - m_u))    where it is the logits'
+template <class F>
+struct PairState {
+  F centre = -INFINITY;
+  F sum = 0;
+  F target_centre = -INFINITY;
+  F target_sum = 0;
+  F tilt = 0;
+};
+
+template <class F>
+FASTLOSS_HD inline PairState<F> recentre(const PairState<F>& a, F M, F U, bool of_target) {
+  const F d = a.centre == -INFINITY ? F(0) : a.centre - M, e = a.target_centre == -INFINITY ? F(0) : a.target_centre - U;
+  const F k = std::exp(d), target_k = std::exp(e);
+  const F weight = of_target ? a.target_sum : a.sum, factor = of_target ? target_k : k, by = of_target ? e - d : d - e;
+  const F tilt = factor == 0 || weight == 0 ? F(0) : factor * (a.tilt + by * weight);
+  return {M, k * a.sum, U, target_k * a.target_sum, tilt};
+}
+
+template <class F>
+FASTLOSS_HD inline PairState<F> merge(const PairState<F>& a, const PairState<F>& c, bool of_target) {
+  const F M = a.centre > c.centre ? a.centre : c.centre;
+  const F U = a.target_centre > c.target_centre ? a.target_centre : c.target_centre;
+  const PairState<F> x = recentre(a, M, U, of_target), y = recentre(c, M, U, of_target);
+  return {M, x.sum + y.sum, U, x.target_sum + y.target_sum, x.tilt + y.tilt};
+}
+
 }  // namespace FASTLOSS_ISA
 }  // namespace fastloss

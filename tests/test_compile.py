@@ -15,7 +15,7 @@ from torch.overrides import BaseTorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastloss
-from fastloss.spec import Spec
+from fastloss.spec import Objective, Spec
 
 pytestmark = pytest.mark.filterwarnings(
     # torch's compiler still uses what torch itself deprecates,
@@ -226,16 +226,16 @@ def operator_calls() -> list[tuple[Any, tuple[Any, ...]]]:
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         for soft in (False, True):
             for spec in specs:
-                spec = spec._replace(ignore_index=-100) if soft else spec
-                weight = None if spec == specs[0] else torch.rand(V)
+                weight = None if spec is specs[0] else torch.rand(V)
+                spec = spec._replace(ignore_index=-100, objective=Objective.PROBS) if soft else spec
                 y = logits().softmax(-1) if soft else torch.randint(V, (N,))
                 x = logits().to(dtype)
                 for extras in (False, True):
-                    calls.append((torch.ops.fastloss.row_loss.default, (x, y, weight, *spec, extras)))
-                _, stats, _ = torch.ops.fastloss.row_loss(x, y, weight, *spec, True)
+                    calls.append((torch.ops.fastloss.row_loss.default, (x, y, weight, None, *spec, extras)))
+                _, stats, *_ = torch.ops.fastloss.row_loss(x, y, weight, None, *spec, True)
                 up = torch.rand(4, N, dtype=stats.dtype)
                 for upstream in ([up[0], None, None, None], list(up)):
-                    calls.append((torch.ops.fastloss.row_grad.default, (x, y, weight, *spec, stats, upstream)))
+                    calls.append((torch.ops.fastloss.row_grad.default, (x, y, weight, None, *spec, stats, upstream)))
     return calls
 
 

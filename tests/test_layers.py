@@ -17,6 +17,7 @@ LAYERS = [
     {"reduction"},
     {"backends"},
     {"rows"},
+    {"evaluate"},
     {"losses"},
     {"nn"},
     {""},

@@ -14,14 +14,14 @@ from hypothesis import given, settings
 
 import fastloss
 from fastloss.backends import native
-from fastloss.spec import Spec
+from fastloss.spec import Reduction, Rows, Spec
 
 _native = native._native
 
 
 def states(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Row states of logits over some columns, with the plain sums that label smoothing needs."""
-    return native.row_states(x, torch.full((len(x),), -100), weight, Spec(label_smoothing=0.5))
+    return native.row_states(Rows(x, torch.full((len(x),), -100), weight, Spec(label_smoothing=0.5)))
 
 
 def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-11) -> None:
@@ -103,7 +103,7 @@ def test_every_16_bit_number_is_read_exactly(isa, dtype):
     x = bits.view(dtype).float().to(dtype)
     x = x[x.isfinite()][:, None]
     y = torch.zeros(len(x), dtype=torch.int64)
-    _, stats, _ = native.row_loss(x, y, None, Spec(), True)
+    _, stats, *_ = native.row_loss(Rows(x, y, None, Spec()), True)
     read = stats[0].double() + stats[1].double()  # the log of one exponential: tiny numbers drown in one
     large = x[:, 0].abs() >= 1e-3
     assert torch.equal(read.to(dtype)[large], x[large, 0])
@@ -119,8 +119,8 @@ def test_rounding_to_16_bits(isa, dtype, generator):
     g = torch.cat([g, -g])
     x = torch.tensor([[0.0, -torch.inf]]).to(dtype).repeat(len(g), 1)
     y = torch.ones(len(g), dtype=torch.int64)  # all probability on the class that is not the target: dx = g
-    _, stats, _ = native.row_loss(x, y, None, Spec(), False)
-    dx = native.row_grad(x, y, None, Spec(), stats, [g, None, None, None])[:, 0]
+    _, stats, *_ = native.row_loss(Rows(x, y, None, Spec()), False)
+    dx = native.row_grad(Rows(x, y, None, Spec()), stats, [g, None, None, None])[:, 0]
     normal = g.abs() >= torch.finfo(dtype).tiny if dtype == torch.bfloat16 else torch.ones_like(g, dtype=torch.bool)
     keep = normal | (g == 0) | g.isnan()
     torch.testing.assert_close(dx[keep], g.to(dtype)[keep], rtol=0, atol=0, equal_nan=True)
@@ -131,7 +131,7 @@ def test_target_out_of_range_writes_nothing(isa):
     for bad in 5, -1, -101, 2**40:
         y = torch.tensor([0, 1, bad])
         with pytest.raises(IndexError, match=f"Target {bad} is out of bounds"):
-            native.row_loss_grad(x, y, None, None, None, Spec(), "mean", torch.float32, 1.0, True, out)
+            native.row_loss_grad(Rows(x, y, None, Spec()), Reduction("mean", None, None, torch.float32), 1.0, True, out)
         assert (out == 7).all()
 
 
@@ -174,11 +174,13 @@ def test_isa_can_be_forced_and_is_checked():
     "fields",
     [
         (),
-        (0, -1, 5, 5, 0, 0, 64, 0, 0, 0, -100, 0.0, 0.0, 0.0, 1.0, 1),  # a negative size
-        (64, 1, 5, 5, 9, 0, 64, 0, 0, 0, -100, 0.0, 0.0, 0.0, 1.0, 1),  # no such dtype
-        (0, 1, 5, 5, 0, 0, 64, 0, 0, 0, -100, 0.0, 0.0, 0.0, 1.0, 1),  # logits without an address
-        (64, 1, 5, 5, 0, 0, 0, 0, 0, 0, -100, 0.0, 0.0, 0.0, 1.0, 1),  # targets without an address
-        (64, 1, 5, "five", 0, 0, 64, 0, 0, 0, -100, 0.0, 0.0, 0.0, 1.0, 1),
+        (0, -1, 5, 5, 0, 64, 1, 0, 0, 0, 0, -100, 0.0, 0.0, 0.0, 1.0, 0, 1.0, 0.5, 1),  # a negative size
+        (64, 1, 5, 5, 9, 64, 1, 0, 0, 0, 0, -100, 0.0, 0.0, 0.0, 1.0, 0, 1.0, 0.5, 1),  # no such dtype
+        (0, 1, 5, 5, 0, 64, 1, 0, 0, 0, 0, -100, 0.0, 0.0, 0.0, 1.0, 0, 1.0, 0.5, 1),  # logits without an address
+        (64, 1, 5, 5, 0, 0, 1, 0, 0, 0, 0, -100, 0.0, 0.0, 0.0, 1.0, 0, 1.0, 0.5, 1),  # targets without an address
+        (64, 1, 5, "five", 0, 64, 1, 0, 0, 0, 0, -100, 0.0, 0.0, 0.0, 1.0, 0, 1.0, 0.5, 1),
+        (64, 1, 5, 5, 0, 64, 1, 0, 0, 0, 0, -100, 0.0, 0.0, 0.0, 1.0, 7, 1.0, 0.5, 1),  # no such objective
+        (64, 1, 5, 5, 0, 0, 0, 0, 0, 0, 0, -100, 0.0, 0.0, 0.0, 1.0, 4, 1.0, 0.5, 1),
     ],
 )
 def test_malformed_rows_are_refused(fields):

@@ -11,6 +11,7 @@ struct RowOutputs {
   void* loss = nullptr;       // (N,)
   void* stats = nullptr;      // (kStats, N)
   int64_t* argmax = nullptr;  // (N,), or null
+  int64_t* rank = nullptr;    // (N,) of class indices, or null
   bool extras = false;        // entropy too, and the statistics of ignored rows
 };
 

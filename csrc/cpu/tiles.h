@@ -187,6 +187,16 @@ inline int64_t first_equal(const T* z, int64_t n, F top) {
   return 0;
 }
 
+// How many z are larger than x.
+template <class F>
+inline int64_t count_above(const F* z, int64_t n, F x) {
+  Int<F> count = {};
+  for (int64_t i = 0; i < n; i += kLanes<F>) count -= load(z + i) > broadcast<F>(x);
+  int64_t sum = 0;
+  for (int k = 0; k < kLanes<F>; ++k) sum += count[k];
+  return sum;
+}
+
 // What a tile of the gradient may need besides the probabilities.
 template <class F>
 struct Operands {

@@ -2,6 +2,7 @@
 // vectors.
 #pragma once
 
+#include <algorithm>
 #include <cstdlib>
 #include <memory>
 #include <vector>
@@ -16,11 +17,13 @@ inline namespace FASTLOSS_ISA {
 template <class F>
 struct Workspace {
   F *row = nullptr, *tile = nullptr, *probs = nullptr;
-  double* centre = nullptr;  // the running maximum each tile's exponentials are relative to
+  F* target_row = nullptr;  // what is kept of target logits
+  // What each tile's exponentials are relative to.
+  double *centre = nullptr, *target_centre = nullptr;
 
-  static Workspace& get(int64_t V) {
+  static Workspace& get(int64_t V, bool paired) {
     thread_local Workspace w;
-    if (V > w.capacity_) w.grow(V);
+    if (V > w.capacity_ || (paired && !w.target_row)) w.grow(std::max(V, w.capacity_), paired || w.target_row);
     return w;
   }
 
@@ -31,15 +34,18 @@ struct Workspace {
   std::unique_ptr<void, Free> memory_;
   int64_t capacity_ = -1;
 
-  void grow(int64_t V) {
-    const int64_t tiles = V / kTile + 1, row_bytes = (tiles + 2) * kTile * int64_t(sizeof(F));
-    const int64_t bytes = row_bytes + (tiles * int64_t(sizeof(double)) + 63) / 64 * 64;
-    memory_.reset(std::aligned_alloc(64, size_t(bytes)));
+  void grow(int64_t V, bool paired) {
+    const int64_t columns = (V / kTile + 1) * kTile, tiles = V / kTile + 2;  // what is left of a row may be two
+    const int64_t count = (paired ? 2 : 1) * columns + 2 * kTile;
+    const int64_t bytes = count * int64_t(sizeof(F)) + 2 * tiles * int64_t(sizeof(double));
+    memory_.reset(std::aligned_alloc(64, size_t((bytes + 63) / 64 * 64)));
     if (!memory_) std::abort();
     row = static_cast<F*>(memory_.get());
-    tile = row + tiles * kTile;
+    tile = row + columns;
     probs = tile + kTile;
-    centre = reinterpret_cast<double*>(probs + kTile);
+    target_row = paired ? probs + kTile : nullptr;
+    centre = reinterpret_cast<double*>(row + count);
+    target_centre = centre + tiles;
     capacity_ = V;
   }
 };

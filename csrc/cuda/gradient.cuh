@@ -48,7 +48,7 @@ FASTLOSS_DEVICE Upstream<F> upstream_of(const Upstreams& u, int64_t row, bool ig
 
 // The class index of a row's target, checked; -1 where there is none.
 FASTLOSS_DEVICE int64_t target_of(const Rows& rows, int64_t row) {
-  if (rows.spec.soft || rows.ignored(row)) return -1;
+  if (rows.spec.soft() || rows.ignored(row)) return -1;
   const int64_t y = rows.target[row];
   FASTLOSS_ASSERT(y >= 0 && y < rows.input.cols, "target: class index out of bounds");
   return y;

@@ -73,7 +73,7 @@ void launch(Kernel<Args> kernel, const Args& args, int64_t blocks, int threads, 
 }
 
 // Whether anything but maximum and sum of exponentials is needed of a row.
-bool general(const Spec& spec) { return spec.soft || spec.softcap > 0 || spec.label_smoothing > 0; }
+bool general(const Spec& spec) { return spec.soft() || spec.softcap > 0 || spec.label_smoothing > 0; }
 
 int threads_for(int64_t columns, DType dtype) {
   const int64_t chunks = columns * size_of(dtype) / 16 + 2, each = kernels(dtype).chunks_per_thread;

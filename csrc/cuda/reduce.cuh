@@ -33,7 +33,7 @@ struct Columns {
     smooth = quotient(F(spec.label_smoothing), F(rows.input.cols));
     sharp = 1 - F(spec.label_smoothing);
     weight = static_cast<const F*>(rows.weight.data);
-    if (spec.soft) probs = rows.probs.row(row), probs_dtype = rows.probs.dtype;
+    if (spec.soft()) probs = rows.probs.row(row), probs_dtype = rows.probs.dtype;
   }
 
   FASTLOSS_DEVICE F bent(F x) const { return cap > 0 ? cap * std::tanh(x * inner) : x; }

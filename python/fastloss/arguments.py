@@ -8,17 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .spec import Spec
+from .spec import COMPUTE_DTYPE, Spec
 
 _INDEX_DTYPES = (torch.int64, torch.int32, torch.uint8)
 _autocast_exists = torch.amp.is_autocast_available
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
-COMPUTE_DTYPE = {
-    torch.float32: torch.float32,
-    torch.bfloat16: torch.float32,
-    torch.float16: torch.float32,
-    torch.float64: torch.float64,
-}
 
 
 def as_rows(input: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
@@ -114,17 +108,17 @@ def _check_smoothed_weight(weight: Tensor, target: Tensor, classes: int, spec: S
         )
 
 
-def check_token_weight(token_weight: Tensor, N: int, like: Tensor, shape: torch.Size) -> Tensor:
-    """Per-row weights as (N,), in the compute dtype."""
+def check_token_weight(token_weight: Tensor, rows: Tensor, shape: torch.Size) -> Tensor:
+    """Weights of the rows (N, V), of targets of `shape`, as (N,) in the compute dtype."""
     if not isinstance(token_weight, Tensor):
         raise TypeError(f"cross_entropy(): argument 'token_weight' must be Tensor, not {type(token_weight).__name__}")
-    if token_weight.shape != shape and tuple(token_weight.shape) != (N,):
+    if token_weight.shape != shape and tuple(token_weight.shape) != (rows.shape[0],):
         raise ValueError(
             f"token_weight: expected shape {tuple(shape)} (one weight per target), got {tuple(token_weight.shape)}"
         )
-    if token_weight.device != like.device:
-        raise RuntimeError(f"token_weight: expected a tensor on {like.device}, got one on {token_weight.device}")
-    return token_weight.reshape(-1).to(COMPUTE_DTYPE[like.dtype])
+    if token_weight.device != rows.device:
+        raise RuntimeError(f"token_weight: expected a tensor on {rows.device}, got one on {token_weight.device}")
+    return token_weight.reshape(-1).to(COMPUTE_DTYPE[rows.dtype])
 
 
 def as_normalizer(normalizer: Tensor | float, like: Tensor, reduction: str) -> Tensor:

@@ -9,13 +9,11 @@ from torch import Tensor
 from torch.nn import _reduction as _legacy
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import arguments, rows
-from .backends import reference
+from . import arguments
+from .evaluate import reduced_loss, row_losses
 from .reduction import reduce_rows, valid_rows
-from .spec import REDUCTIONS, Spec, make_spec
-
-_forward_ad = torch.autograd.forward_ad
-_grad_enabled = torch.is_grad_enabled
+from .rows import RowLoss
+from .spec import REDUCTIONS, Objective, Reduction, Rows, make_spec
 
 
 class CrossEntropyStats(NamedTuple):
@@ -166,28 +164,26 @@ def cross_entropy(
         raise TypeError(f"cross_entropy(): argument '{name}' must be Tensor, not {type(value).__name__}")
     if input.device != target.device:
         raise RuntimeError(f"target: expected a tensor on {input.device} like input, got one on {target.device}")
-    spec = make_spec(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    objective = Objective.PROBS if target.is_floating_point() else Objective.INDEX
+    spec = make_spec(ignore_index, label_smoothing, z_loss, softcap, logit_scale, objective)
     x, y = arguments.as_rows(input, target, spec.ignore_index)
     if weight is not None:
         weight = arguments.as_class_weights(weight, input, y, x.shape[1], spec, reduction)
+    shape = _row_shape(input, target)
     if token_weight is not None:
-        token_weight = arguments.check_token_weight(token_weight, x.shape[0], x, _row_shape(input, target))
+        token_weight = arguments.check_token_weight(token_weight, x, shape)
     if normalizer is not None:
         normalizer = arguments.as_normalizer(normalizer, x, reduction)
     if inplace:
         arguments.check_inplace(input, x)
-    dtype = arguments.loss_dtype(input, target, weight, out_dtype)
-
-    if not return_stats and reduction != "none" and not _needs_reference(y, weight, token_weight, normalizer):
-        loss = rows.reduced(x, y, weight, token_weight, normalizer, spec, reduction, dtype, inplace)
-        if loss is not None:
-            return loss
-    row = _per_row(x, y, weight, spec, return_stats, inplace)
-    loss = reduce_rows(row.loss, y, weight, token_weight, normalizer, spec, reduction).to(dtype)
-    shape = _row_shape(input, target)
-    if reduction == "none":
-        loss = loss.reshape(shape)
-    return (loss, _stats(row, y, spec, shape)) if return_stats else loss
+    rows = Rows(x, y, weight, spec)
+    to = Reduction(reduction, token_weight, normalizer, arguments.loss_dtype(input, target, weight, out_dtype))
+    if not return_stats:
+        loss = reduced_loss(rows, to, inplace)
+        return loss.reshape(shape) if reduction == "none" else loss
+    row = row_losses(rows, True, inplace)
+    loss = reduce_rows(row.loss, rows, to).to(to.dtype)
+    return loss.reshape(shape) if reduction == "none" else loss, _stats(row, rows, shape)
 
 
 def _row_shape(input: Tensor, target: Tensor) -> torch.Size:
@@ -197,28 +193,8 @@ def _row_shape(input: Tensor, target: Tensor) -> torch.Size:
     return input.shape[:1] + input.shape[2:] if input.dim() > 1 else torch.Size(())
 
 
-def _needs_reference(target: Tensor, weight: Tensor | None, *vectors: Tensor | None) -> bool:
-    """Transforms of torch.func, forward-mode AD, and gradients of targets, weights or denominators."""
-    if rows.transforming() or _forward_ad._current_level >= 0:
-        return True
-    for t in (target, weight, *vectors):  # noqa: SIM110 - any() of a generator takes twice the time
-        if t is not None and t.requires_grad and _grad_enabled():
-            return True
-    return False
-
-
-def _per_row(x: Tensor, y: Tensor, weight: Tensor | None, spec: Spec, extras: bool, inplace: bool) -> rows.RowLoss:
-    if _needs_reference(y, weight):
-        if weight is not None and weight.requires_grad and not y.is_floating_point():
-            raise RuntimeError("weight: cross_entropy of class indices is not differentiable with respect to it")
-        result = reference.row_result(x, y, weight, spec)
-        argmax = reference.transform(x.detach(), spec).argmax(-1) if extras else None
-        return rows.RowLoss(*result, argmax)
-    return rows.per_row(x, y, weight, spec, extras, inplace)
-
-
-def _stats(row: rows.RowLoss, y: Tensor, spec: Spec, shape: torch.Size) -> CrossEntropyStats:
-    valid = valid_rows(y, spec)
-    correct = None if valid is None else ((row.argmax == y) & valid).reshape(shape)
-    lse, log_prob, entropy, argmax = (t.reshape(shape) for t in row[1:] if t is not None)
+def _stats(row: RowLoss, rows: Rows, shape: torch.Size) -> CrossEntropyStats:
+    valid = valid_rows(rows)
+    correct = None if valid is None else ((row.argmax == rows.target) & valid).reshape(shape)
+    lse, log_prob, entropy, argmax = (t.reshape(shape) for t in row[1:5] if t is not None)
     return CrossEntropyStats(lse, log_prob, entropy, argmax, correct)

@@ -5,41 +5,36 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .spec import Spec
+from .spec import Objective, Reduction, Rows
 
 
-def valid_rows(target: Tensor, spec: Spec) -> Tensor | None:
-    """Which rows count, (N,); None when all do, as with class probabilities."""
-    return None if target.is_floating_point() else target != spec.ignore_index
+def valid_rows(rows: Rows) -> Tensor | None:
+    """Which rows count, (N,): those whose target is not ignored. None where all do."""
+    if not rows.spec.objective.indexed:
+        return None
+    valid = rows.target != rows.spec.ignore_index
+    return valid if valid.dim() == 1 else valid.any(-1)
 
 
-def reduce_rows(
-    loss: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    token_weight: Tensor | None,
-    normalizer: Tensor | None,
-    spec: Spec,
-    reduction: str,
-) -> Tensor:
-    """`loss` (N,) is zero where the target is ignored. A mean divides by the summed weights of the rows that count."""
-    if token_weight is not None:
-        loss = torch.where(loss == 0, loss, loss * token_weight)  # an ignored row stays zero under an infinite weight
-    if reduction == "none":
+def reduce_rows(loss: Tensor, rows: Rows, to: Reduction) -> Tensor:
+    """`loss` (N,) is zero where the target is ignored. A mean divides by the summed weights of the rows that count. Zero
+    times infinity is zero: neither an ignored row nor one without weight shows."""
+    if to.token_weight is not None:
+        nothing = (loss == 0) | (to.token_weight == 0)
+        loss = torch.where(nothing, 0, loss * to.token_weight)
+    if to.kind == "none":
         return loss
     total = loss.sum()
-    if normalizer is not None:
-        return total / normalizer
-    return total if reduction == "sum" else total / _mean_denominator(loss, target, weight, token_weight, spec)
+    if to.normalizer is not None:
+        return total / to.normalizer
+    return total if to.kind == "sum" else total / _mean_denominator(loss, rows, to)
 
 
-def _mean_denominator(
-    loss: Tensor, target: Tensor, weight: Tensor | None, token_weight: Tensor | None, spec: Spec
-) -> Tensor:
-    counts = torch.ones_like(loss) if token_weight is None else token_weight
-    valid = valid_rows(target, spec)
+def _mean_denominator(loss: Tensor, rows: Rows, to: Reduction) -> Tensor:
+    counts = torch.ones_like(loss) if to.token_weight is None else to.token_weight
+    valid = valid_rows(rows)
     if valid is None:
         return counts.sum()
-    if weight is not None:
-        counts = counts * weight.to(loss.dtype)[torch.where(valid, target, 0)]
+    if rows.weight is not None and rows.spec.objective == Objective.INDEX:
+        counts = counts * rows.weight.to(loss.dtype)[torch.where(valid, rows.target, 0)]
     return torch.where(valid, counts, 0).sum()

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .backends import choose, reference
+from .backends import Backend, choose, reference
 from .reduction import reduce_rows
-from .spec import Spec
+from .spec import Objective, Reduction, Rows, Spec
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 _grad_enabled = torch.is_grad_enabled
@@ -24,34 +24,48 @@ _is_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda _: 
 _mode_depth = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 _saved_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: True)
 
-_SPEC_SCHEMA = "int ignore_index, float label_smoothing, float z_loss, float softcap, float logit_scale"
+_ROWS_SCHEMA = (
+    "Tensor input, Tensor target, Tensor? weight, Tensor? probs, int ignore_index, float label_smoothing, "
+    "float z_loss, float softcap, float logit_scale, int objective, float target_scale, float beta"
+)
 _library = torch.library.Library("fastloss", "DEF")
-_library.define(
-    f"row_loss(Tensor input, Tensor target, Tensor? weight, {_SPEC_SCHEMA}, bool extras) -> (Tensor, Tensor, Tensor)"
-)
-_library.define(
-    f"row_grad(Tensor input, Tensor target, Tensor? weight, {_SPEC_SCHEMA}, Tensor stats, Tensor?[] upstream) -> Tensor"
-)
+_library.define(f"row_loss({_ROWS_SCHEMA}, bool extras) -> (Tensor, Tensor, Tensor, Tensor)")
+_library.define(f"row_grad({_ROWS_SCHEMA}, Tensor stats, Tensor?[] upstream) -> Tensor")
+
+
+def _flat(rows: Rows) -> tuple[Any, ...]:
+    """The arguments of _ROWS_SCHEMA."""
+    return rows.input, rows.target, rows.weight, rows.probs, *rows.spec[:5], int(rows.spec.objective), *rows.spec[6:]
+
+
+def _record(
+    input: Tensor, target: Tensor, weight: Tensor | None, probs: Tensor | None, *numbers: Any
+) -> tuple[Rows, list[Any]]:
+    """Rows from the arguments of _ROWS_SCHEMA, and what follows them."""
+    ignore_index, smoothing, z_loss, softcap, scale, objective, target_scale, beta, *rest = numbers
+    spec = Spec(ignore_index, smoothing, z_loss, softcap, scale, Objective(objective), target_scale, beta)
+    return Rows(input, target, weight, spec, probs), rest
 
 
 @torch.library.impl(_library, "row_loss", "CompositeExplicitAutograd")
-def _row_loss(input: Tensor, target: Tensor, weight: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *spec, extras = rest
-    return choose(input, target).row_loss(input, target, weight, Spec(*spec), extras)
+def _row_loss(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, (extras,) = _record(*args)
+    return choose(rows).row_loss(rows, extras)
 
 
 @torch.library.impl(_library, "row_grad", "CompositeExplicitAutograd")
-def _row_grad(input: Tensor, target: Tensor, weight: Tensor | None, *rest: Any) -> Tensor:
-    *spec, stats, upstream = rest
-    return choose(input, target).row_grad(input, target, weight, Spec(*spec), stats, upstream)
+def _row_grad(*args: Any) -> Tensor:
+    rows, (stats, upstream) = _record(*args)
+    return choose(rows).row_grad(rows, stats, upstream)
 
 
 @torch.library.register_fake("fastloss::row_loss", lib=_library)
-def _(input: Tensor, target: Tensor, weight: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    N = input.shape[0]
-    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-    argmax = input.new_empty(N if rest[-1] else 0, dtype=torch.int64)
-    return input.new_empty(N, dtype=dtype), input.new_empty((5, N), dtype=dtype), argmax
+def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, (extras,) = _record(*args)
+    N, new = rows.input.shape[0], rows.input.new_empty
+    ranked = extras and rows.spec.objective == Objective.INDEX
+    argmax, rank = new(N if extras else 0, dtype=torch.int64), new(N if ranked else 0, dtype=torch.int64)
+    return new(N, dtype=rows.compute_dtype), new((5, N), dtype=rows.compute_dtype), argmax, rank
 
 
 @torch.library.register_fake("fastloss::row_grad", lib=_library)
@@ -66,64 +80,74 @@ def _eager(input: Tensor) -> bool:
 
 
 class RowLoss(NamedTuple):
-    """`reference.RowResult` and the argmax, from one pass; without extras the statistics are None."""
+    """`reference.RowResult`, the argmax, and the rank of a class index (else empty), from one pass; without extras the
+    statistics are None."""
 
     loss: Tensor
     lse: Tensor | None = None
     log_prob: Tensor | None = None
     entropy: Tensor | None = None
     argmax: Tensor | None = None
+    rank: Tensor | None = None
 
 
 class PerRow(torch.autograd.Function):
-    """(input, target, weight, spec, extras, inplace) -> loss (N,), or with extras the five fields of RowLoss."""
+    """(*rows, extras, inplace) -> loss (N,), or with extras the fields of RowLoss."""
 
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, target: Tensor, weight: Tensor | None, spec: Spec, extras: bool, inplace: bool
+        ctx: Any,
+        input: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        spec: Spec,
+        probs: Tensor | None,
+        extras: bool,
+        inplace: bool,
     ) -> Any:
-        loss, stats, argmax = call_row_loss(input, target, weight, spec, extras)
-        ctx.save_for_backward(input, target, weight, stats)
+        loss, stats, argmax, rank = call_row_loss(Rows(input, target, weight, spec, probs), extras)
+        ctx.save_for_backward(input, target, weight, probs, stats)
         ctx.spec, ctx.inplace = spec, inplace
         if not extras:
             return loss
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(argmax)
-        return loss, stats[0] + stats[1], stats[2].clone(), stats[4].clone(), argmax
+        ctx.mark_non_differentiable(argmax, rank)
+        return loss, stats[0] + stats[1], stats[2].clone(), stats[4].clone(), argmax, rank
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> Any:
-        input, target, weight, stats = ctx.saved_tensors
+        input, target, weight, probs, stats = ctx.saved_tensors
+        rows = Rows(input, target, weight, ctx.spec, probs)
         four: list[Tensor | None] = [*upstream, None, None, None][:4]
+        nothing = [None] * 6
         if all(g is None for g in four):
-            return None, None, None, None, None, None
+            return None, *nothing
         if not _is_compiling() and any(map(_needs_formula, four)):
             _refuse_inplace_twice(ctx.inplace)
-            grad = _formula_grad(lambda: reference.row_result(input, target, weight, ctx.spec), input, four)
-        elif _eager(input):
-            out = {"out": input.detach()} if ctx.inplace else {}
-            grad = choose(input, target).row_grad(input, target, weight, ctx.spec, stats, four, **out)
-            if ctx.inplace:
-                _tell_overwritten(input)
-        else:
-            grad = torch.ops.fastloss.row_grad(input, target, weight, *ctx.spec, stats, four)
-        return grad, None, None, None, None, None
+            return _formula_grad(lambda: reference.row_result(rows), input, four), *nothing
+        grad = call_row_grad(rows, stats, four, input.detach() if ctx.inplace else None)
+        if ctx.inplace:
+            _tell_overwritten(input)
+        return grad, *nothing
 
 
-def call_row_loss(
-    input: Tensor, target: Tensor, weight: Tensor | None, spec: Spec, extras: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses, statistics and argmax, through the dispatcher only where someone listens there."""
-    if _eager(input):
-        return choose(input, target).row_loss(input, target, weight, spec, extras)
-    return torch.ops.fastloss.row_loss(input, target, weight, *spec, extras)
+def call_row_loss(rows: Rows, extras: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Losses, statistics, argmax and rank, through the dispatcher only where someone listens there."""
+    if _eager(rows.input):
+        return choose(rows).row_loss(rows, extras)
+    return torch.ops.fastloss.row_loss(*_flat(rows), extras)
 
 
-def per_row(
-    input: Tensor, target: Tensor, weight: Tensor | None, spec: Spec, extras: bool = False, inplace: bool = False
-) -> RowLoss:
+def call_row_grad(rows: Rows, stats: Tensor, upstream: list[Tensor | None], out: Tensor | None = None) -> Tensor:
+    """The gradient from the statistics, likewise."""
+    if _eager(rows.input):
+        return choose(rows).row_grad(rows, stats, upstream, out)
+    return torch.ops.fastloss.row_grad(*_flat(rows), stats, upstream)
+
+
+def per_row(rows: Rows, extras: bool = False, inplace: bool = False) -> RowLoss:
     """Losses and, with `extras`, statistics of each row; differentiable."""
-    out = PerRow.apply(input, target, weight, spec, extras, inplace)
+    out = PerRow.apply(*rows, extras, inplace)
     return RowLoss(*out) if extras else RowLoss(out)
 
 
@@ -134,21 +158,24 @@ _expected_upstream = 1.0
 
 
 class Reduced(torch.autograd.Function):
-    """(input, ((target, weight, token_weight, normalizer, spec, reduction, out_dtype), backend, inplace)) -> scalar
-    loss, in two arguments: autograd takes its time for each, and a small call has little of it."""
+    """(input, (rows, reduction, backend, inplace)) -> scalar loss, in two arguments: autograd takes its time for each,
+    and a small call has little of it."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, call: tuple[Any, ...]) -> Tensor:
-        args, backend, inplace = call
+    def forward(ctx: Any, input: Tensor, call: tuple[Rows, Reduction, Backend, bool]) -> Tensor:
+        rows, to, backend, inplace = call
         # Read once: other threads may change it meanwhile. Logits that are overwritten leave no second chance, and
         # their gradient is made for one, so that a guess cannot show in its bits. So is one on a device, which learns
         # its upstream gradient only when the backward runs there.
         expected = 1.0 if inplace or backend.rescale else _expected_upstream
-        loss, grad, stats = backend.row_loss_grad(input, *args, expected, True, input.detach() if inplace else None)
+        assert backend.row_loss_grad is not None
+        loss, grad, stats = backend.row_loss_grad(rows, to, expected, True, input.detach() if inplace else None)
         if inplace:
             _tell_overwritten(input)
-        ctx.state = [grad, stats, expected, call]
-        ctx.save_for_backward(None if inplace else input, *args[:4])
+        ctx.state = [grad, stats, expected, backend, inplace]
+        ctx.spec, ctx.reduction = rows.spec, (to.kind, to.dtype)
+        saved = None if inplace else input
+        ctx.save_for_backward(saved, rows.target, rows.weight, rows.probs, to.token_weight, to.normalizer)
         return loss
 
     @staticmethod
@@ -156,9 +183,9 @@ class Reduced(torch.autograd.Function):
         if _needs_formula(upstream):
             return _reduced_formula(ctx, upstream), None
         state = ctx.state
-        grad, _, expected, call = state
+        grad, _, expected, backend, _ = state
         state[0] = None  # this node must not keep it alive, or .grad would be a copy
-        if call[1].rescale:
+        if backend.rescale:
             grad = _grad_again(ctx, grad, upstream)
         elif grad is None or upstream.item() != expected:
             grad = _grad_again(ctx, grad, _remembered(upstream.item()))
@@ -176,18 +203,25 @@ def _remembered(upstream: float) -> float:
     return upstream
 
 
+def _saved(ctx: Any) -> tuple[Rows, Reduction]:
+    """What `Reduced` saved, as the records they were."""
+    input, target, weight, probs, token_weight, normalizer = ctx.saved_tensors
+    kind, dtype = ctx.reduction
+    return Rows(input, target, weight, ctx.spec, probs), Reduction(kind, token_weight, normalizer, dtype)
+
+
 def _grad_again(ctx: Any, grad: Tensor | None, upstream: float | Tensor) -> Tensor:
     """The gradient for another upstream than the forward expected, into the same memory if it is still there. A tensor
     stays on its device: where it turns out to be one, nothing is computed there."""
-    _, stats, expected, ((*_, spec, reduction, out_dtype), backend, inplace) = ctx.state
+    _, stats, expected, backend, inplace = ctx.state
     if not inplace:
         try:
-            tensors = ctx.saved_tensors
+            records = _saved(ctx)
         except RuntimeError:  # the caller changed the logits since; torch's own loss would not mind
             if grad is None:
                 raise
         else:
-            return backend.row_loss_grad(*tensors, spec, reduction, out_dtype, upstream, True, grad, stats)[1]
+            return backend.row_loss_grad(*records, upstream, True, grad, stats)[1]
     _refuse_inplace_twice(grad is None)
     assert grad is not None
     return grad.mul_(upstream / expected) if backend.rescale is None else backend.rescale(grad, upstream)
@@ -200,15 +234,9 @@ def _needs_formula(upstream: Tensor | None) -> bool:
 
 def _reduced_formula(ctx: Any, upstream: Tensor) -> Tensor:
     """The gradient as a differentiable function of the logits and of the upstream gradient."""
-    (*_, spec, reduction, _), _, inplace = ctx.state[3]
-    _refuse_inplace_twice(inplace)
-    input, target, weight, token_weight, normalizer = ctx.saved_tensors
-
-    def total() -> list[Tensor]:
-        loss = reference.row_result(input, target, weight, spec).loss
-        return [reduce_rows(loss, target, weight, token_weight, normalizer, spec, reduction)]
-
-    return _formula_grad(total, input, [upstream])
+    _refuse_inplace_twice(ctx.state[4])
+    rows, to = _saved(ctx)
+    return _formula_grad(lambda: [reduce_rows(reference.row_result(rows).loss, rows, to)], rows.input, [upstream])
 
 
 def _formula_grad(outputs: Callable[[], Any], input: Tensor, upstream: list[Any]) -> Tensor:
@@ -233,26 +261,15 @@ def _refuse_inplace_twice(misused: bool) -> None:
         )
 
 
-def reduced(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    token_weight: Tensor | None,
-    normalizer: Tensor | None,
-    spec: Spec,
-    reduction: str,
-    out_dtype: torch.dtype,
-    inplace: bool = False,
-) -> Tensor | None:
+def reduced(rows: Rows, to: Reduction, inplace: bool = False) -> Tensor | None:
     """The mean or summed loss in one pass; None where only `per_row` will do."""
-    if not _eager(input):
+    if not _eager(rows.input):
         return None
-    backend = choose(input, target)
+    backend = choose(rows)
     if backend.row_loss_grad is None:
         return None
-    args = (target, weight, token_weight, normalizer, spec, reduction, out_dtype)
-    if not (input.requires_grad and _grad_enabled()):
-        return backend.row_loss_grad(input, *args, 1.0, False)[0]
+    if not (rows.input.requires_grad and _grad_enabled()):
+        return backend.row_loss_grad(rows, to, 1.0, False)[0]
     if _saved_hooks(True) is not None:  # activation checkpointing, offloading: keep nothing of size V here
         return None
-    return _apply_reduced(input, (args, backend, inplace))
+    return _apply_reduced(rows.input, (rows, to, backend, inplace))

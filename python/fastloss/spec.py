@@ -1,12 +1,14 @@
-"""What one call asks for, apart from its tensors."""
+"""What one call asks for: the records that pass from the public functions through autograd to a backend."""
 
 from __future__ import annotations
 
 import operator
+from enum import IntEnum
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 _NUMBERS: tuple[type, ...] = (float, int, torch.SymFloat, torch.SymInt)
 try:
@@ -17,6 +19,34 @@ else:
     _NUMBERS += (numpy.number, numpy.bool_)
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+COMPUTE_DTYPE = {
+    torch.float32: torch.float32,
+    torch.bfloat16: torch.float32,
+    torch.float16: torch.float32,
+    torch.float64: torch.float64,
+}
+
+
+class Objective(IntEnum):
+    """What the target of a row is, and what is asked of the logits against it; csrc/row_loss.h has the same list."""
+
+    INDEX = 0  # cross-entropy of a class index
+    PROBS = 1  # cross-entropy of class probabilities
+    TOPK = 2  # cross-entropy of the probabilities of some classes
+    TOPK_TAIL = 3  # and of all the others as one class
+    FORWARD_KL = 4  # KL(q || p), q the softmax of target logits
+    REVERSE_KL = 5  # KL(p || q)
+    JS = 6  # beta KL(q || m) + (1 - beta) KL(p || m), m = beta q + (1 - beta) p
+
+    @property
+    def indexed(self) -> bool:
+        """Whether the target is class indices, of which some may be ignored."""
+        return self in (Objective.INDEX, Objective.TOPK, Objective.TOPK_TAIL)
+
+    @property
+    def paired(self) -> bool:
+        """Whether the target is logits."""
+        return self >= Objective.FORWARD_KL
 
 
 class Spec(NamedTuple):
@@ -27,18 +57,55 @@ class Spec(NamedTuple):
     z_loss: float = 0.0
     softcap: float = 0.0  # 0: none
     logit_scale: float = 1.0
+    objective: Objective = Objective.INDEX
+    target_scale: float = 1.0  # of target logits
+    beta: float = 0.5
+
+
+class Rows(NamedTuple):
+    """Rows of logits (N, V) and their targets: class indices (N,) or (N, K) int64, with the `probs` (N, K) of the
+    latter; class probabilities (N, V); or target logits (N, V). Class weights (V,)."""
+
+    input: Tensor
+    target: Tensor
+    weight: Tensor | None
+    spec: Spec
+    probs: Tensor | None = None
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return COMPUTE_DTYPE[self.input.dtype]
+
+
+class Reduction(NamedTuple):
+    """From losses (N,) to what the caller asked for. `token_weight` (N,) and `normalizer` () in the compute dtype."""
+
+    kind: str
+    token_weight: Tensor | None
+    normalizer: Tensor | None
+    dtype: torch.dtype
 
 
 def make_spec(
-    ignore_index: Any, label_smoothing: Any, z_loss: Any = 0.0, softcap: Any = None, logit_scale: Any = 1.0
+    ignore_index: Any = -100,
+    label_smoothing: Any = 0.0,
+    z_loss: Any = 0.0,
+    softcap: Any = None,
+    logit_scale: Any = 1.0,
+    objective: Objective = Objective.INDEX,
+    temperature: Any = 1.0,
+    beta: float = 0.5,
 ) -> Spec:
     """A checked `Spec`. Numbers may come as torch's argument parser takes them: NumPy's, or in 0-d tensors."""
     return _cached(
+        objective,
         ignore_index if type(ignore_index) is int else _integer("ignore_index", ignore_index),
         label_smoothing if type(label_smoothing) is float else _real("label_smoothing", label_smoothing),
         z_loss if type(z_loss) is float else _real("z_loss", z_loss),
         0.0 if softcap is None else _positive("softcap", softcap),
         1.0 if type(logit_scale) is float and logit_scale == 1 else _positive("logit_scale", logit_scale),
+        1.0 if type(temperature) is float and temperature == 1 else _positive("temperature", temperature),
+        beta,
     )
 
 
@@ -69,13 +136,25 @@ def _positive(name: str, value: Any) -> float:
     return number
 
 
-def _check(ignore_index: int, label_smoothing: float, z_loss: float, softcap: float, logit_scale: float) -> Spec:
+def _check(
+    objective: Objective,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    logit_scale: float,
+    temperature: float,
+    beta: float,
+) -> Spec:
     if not -(2**63) <= ignore_index < 2**63:
         raise ValueError(f"ignore_index: expected a 64-bit integer, got {ignore_index}")
     if label_smoothing > 1.0:
         raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
     # torch ignores a label_smoothing that is not above zero; so must a drop-in.
-    return Spec(ignore_index, label_smoothing if label_smoothing > 0 else 0.0, z_loss, softcap, logit_scale)
+    label_smoothing = label_smoothing if label_smoothing > 0 else 0.0
+    # The softcap's and the scale's quotients: cap tanh(s x / cap) / T = (cap / T) tanh((s / T) x / (cap / T)).
+    squash = softcap / temperature, logit_scale / temperature
+    return Spec(ignore_index, label_smoothing, z_loss, *squash, objective, 1 / temperature, beta)
 
 
 _remembered = lru_cache(maxsize=256)(_check)  # a training run asks for the same one at every step

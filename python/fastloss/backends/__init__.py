@@ -10,17 +10,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..spec import Objective, Rows
 from . import cuda, device, native, reference, triton
 
 
 class Backend(NamedTuple):
-    """Functions that compute rows. `row_loss_grad`, loss and gradient in one pass, may be missing. With `rescale` the
-    upstream gradient of a reduced loss is read on the device; without it, on the host."""
+    """Functions that compute `spec.Rows`: reference.row_loss and row_grad, native.row_loss_grad say how. The last, loss
+    and gradient in one pass, may be missing. With `rescale` the upstream gradient of a reduced loss is read on the
+    device; without it, on the host."""
 
     name: str
     runs_on: str
-    refuses: Callable[[torch.device, torch.dtype, torch.dtype], str | None]
-    row_loss: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    refuses: Callable[[torch.device, torch.dtype, torch.dtype, Objective], str | None]
+    row_loss: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
     row_grad: Callable[..., Tensor]
     row_loss_grad: Callable[..., tuple[Tensor, Tensor | None, Tensor | None]] | None = None
     rescale: Callable[[Tensor, Tensor], Tensor] | None = None
@@ -75,9 +77,9 @@ def use_backend(name: str) -> Iterator[None]:
         force(before)
 
 
-def choose(input: Tensor, target: Tensor) -> Backend:
-    """The first backend that does not refuse logits and targets like these."""
-    key = (input.device, input.dtype, target.dtype)
+def choose(rows: Rows) -> Backend:
+    """The first backend that does not refuse rows like these."""
+    key = (rows.input.device, rows.input.dtype, rows.target.dtype, rows.spec.objective)
     return _chosen.get(key) or _choose(*key)
 
 
@@ -91,18 +93,26 @@ def _choose(*request: Any) -> Backend:
     raise NotImplementedError(f"no backend runs this call:\n{table}")
 
 
-def refusals(device: torch.device, dtype: torch.dtype, target_dtype: torch.dtype) -> dict[str, str | None]:
+def refusals(
+    device: torch.device, dtype: torch.dtype, target_dtype: torch.dtype, objective: Objective = Objective.INDEX
+) -> dict[str, str | None]:
     """For each backend, why it would not run such a call; None where it would."""
+    request = device, dtype, target_dtype, objective
     forced = f"{_forced!r} is forced (FASTLOSS_BACKEND or use_backend)" if _forced else None
     return {
-        backend.name: forced if forced and backend.name != _forced else backend.refuses(device, dtype, target_dtype)
+        backend.name: forced if forced and backend.name != _forced else backend.refuses(*request)
         for backend in BACKENDS
     }
 
 
-def explain(input: Tensor, target: Tensor) -> str:
-    """Which backend would compute a loss of these tensors, and why the others would not, as a small table."""
-    reasons = refusals(input.device, input.dtype, target.dtype)
+def explain(input: Tensor, target: Tensor, objective: str | None = None) -> str:
+    """Which backend would compute a loss of these tensors, and why the others would not, as a small table. `objective`:
+    "index", "probs", "topk", "topk_tail", "forward_kl", "reverse_kl" or "js"; by default a cross-entropy."""
+    name = ("probs" if target.is_floating_point() else "index") if objective is None else objective
+    if name.upper() not in Objective.__members__:
+        known = ", ".join(member.lower() for member in Objective.__members__)
+        raise ValueError(f"objective: expected one of {known}, got {objective!r}")
+    reasons = refusals(input.device, input.dtype, target.dtype, Objective[name.upper()])
     chosen = next((name for name, reason in reasons.items() if reason is None), None)
     lines = [
         f"{'->' if name == chosen else '  '} {name:10s} {_status(name, reason, chosen)}"

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .device import STATE_FIELDS, Kernels, Rows, Upstream
+from ..spec import Objective, Rows
+from .device import STATE_FIELDS, Kernels, Upstream, lacks_kernels
 from .native import DTYPE_CODES, rows_fields
 
 
@@ -25,7 +26,7 @@ def module() -> ModuleType | str:
         return f"fastloss._cuda is not built: {error}"
 
 
-def refuses(device: torch.device, dtype: torch.dtype, target_dtype: torch.dtype) -> str | None:
+def refuses(device: torch.device, dtype: torch.dtype, target_dtype: torch.dtype, objective: Objective) -> str | None:
     """Why these kernels cannot run such a call; None if they can."""
     built = module()
     if isinstance(built, str):
@@ -34,6 +35,8 @@ def refuses(device: torch.device, dtype: torch.dtype, target_dtype: torch.dtype)
         return f"runs on {built.device_type} tensors, not on {device.type}"
     if dtype not in DTYPE_CODES:
         return f"takes float32, bfloat16, float16 or float64, not {dtype}"
+    if reason := lacks_kernels(objective):
+        return reason
     if torch.version.hip is not None:
         return "this torch is built for ROCm"
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -89,21 +92,21 @@ def _row_stats(rows: Rows, loss: Tensor, stats: Tensor, argmax: Tensor | None, e
     states = x.new_empty((x.shape[0], slices, STATE_FIELDS), dtype=rows.compute_dtype)
     parts = x.new_empty((x.shape[0], slices), dtype=torch.int32) if extras else None
     addresses = (_address(t) for t in (states, parts, loss, stats, argmax))
-    _launch(built.row_stats, x, rows_fields(*rows), *addresses)
+    _launch(built.row_stats, x, rows_fields(rows), *addresses)
 
 
 def _row_grad(rows: Rows, stats: Tensor, upstream: Upstream, grad: Tensor, unless_one: bool) -> None:
-    fields = rows_fields(*rows), stats.data_ptr(), _upstream_fields(upstream)
+    fields = rows_fields(rows), stats.data_ptr(), _upstream_fields(upstream)
     _launch(_built().row_grad, grad, *fields, unless_one, grad.data_ptr(), grad.stride(0))
 
 
 def _row_loss_grad(rows: Rows, upstream: Upstream, loss: Tensor, grad: Tensor, unless_one: bool) -> None:
-    fields = rows_fields(*rows), _upstream_fields(upstream)
+    fields = rows_fields(rows), _upstream_fields(upstream)
     _launch(_built().row_loss_grad, grad, *fields, unless_one, loss.data_ptr(), grad.data_ptr(), grad.stride(0))
 
 
 def _denominator(rows: Rows, token_weight: Tensor | None, out: Tensor) -> None:
-    _launch(_built().denominator, out, rows_fields(*rows), _address(token_weight), out.data_ptr())
+    _launch(_built().denominator, out, rows_fields(rows), _address(token_weight), out.data_ptr())
 
 
 def _total(loss: Tensor, token_weight: Tensor | None, denominator: Tensor | None, out: Tensor) -> None:

@@ -14,30 +14,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..arguments import COMPUTE_DTYPE
-from ..spec import Spec
-from .native import as_probs
+from ..spec import COMPUTE_DTYPE, Objective, Reduction, Rows
+from . import reference
+from .native import readable
 
 STATE_FIELDS = 5  # csrc/row_state.h: centre, sum, moment, plain, mass
 STATS = 5  # centre, log_sum, log_prob, mass, entropy
-
-
-class Rows(NamedTuple):
-    """Rows as kernels read them: logits (N, V) and probabilities (N, V) with contiguous classes, class indices (N,)
-    int64 contiguous, class weights (V,) contiguous in the compute dtype."""
-
-    input: Tensor
-    target: Tensor
-    weight: Tensor | None
-    spec: Spec
-
-    @property
-    def soft(self) -> bool:
-        return self.target.is_floating_point()
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        return COMPUTE_DTYPE[self.input.dtype]
 
 
 class Upstream(NamedTuple):
@@ -71,22 +53,16 @@ class Kernels(NamedTuple):
     rescale: Callable[[Tensor, Tensor], None]
 
 
-def make_rows(input: Tensor, target: Tensor, weight: Tensor | None, spec: Spec) -> Rows:
-    """Copies only what a kernel could not read as it is."""
-    dtype = COMPUTE_DTYPE[input.dtype]
-    target = as_probs(target, input.dtype) if target.is_floating_point() else target.contiguous()
-    if weight is not None:
-        weight = weight.detach().to(dtype).contiguous()
-    return Rows(_class_contiguous(input), target, weight, spec)
-
-
-def _class_contiguous(x: Tensor) -> Tensor:
-    return x.contiguous() if x.shape[1] > 1 and x.stride(1) != 1 else x
+def lacks_kernels(objective: Objective) -> str | None:
+    """Why no GPU backend computes such rows; None if they do."""
+    if objective in (Objective.INDEX, Objective.PROBS):
+        return None
+    return f"has no kernel for {objective.name.lower()}"
 
 
 def _general(rows: Rows) -> bool:
     """Whether the rows need more than the maximum and the sum of exponentials, and more than A p in the gradient."""
-    return rows.soft or rows.spec.softcap > 0 or rows.spec.label_smoothing > 0
+    return rows.spec.objective == Objective.PROBS or rows.spec.softcap > 0 or rows.spec.label_smoothing > 0
 
 
 def _empty_grad(input: Tensor) -> Tensor:
@@ -103,42 +79,27 @@ def _stats(kernels: Kernels, rows: Rows, extras: bool) -> tuple[Tensor, Tensor, 
     return loss, stats, argmax
 
 
-def row_loss(
-    kernels: Kernels, input: Tensor, target: Tensor, weight: Tensor | None, spec: Spec, extras: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def row_loss(kernels: Kernels, rows: Rows, extras: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See reference.row_loss."""
-    return _stats(kernels, make_rows(input, target, weight, spec), extras)
+    rank = reference.rank(rows) if extras else rows.input.new_empty(0, dtype=torch.int64)
+    return *_stats(kernels, readable(rows), extras), rank
 
 
 def row_grad(
-    kernels: Kernels,
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    spec: Spec,
-    stats: Tensor,
-    upstream: list[Tensor | None],
-    out: Tensor | None = None,
+    kernels: Kernels, rows: Rows, stats: Tensor, upstream: list[Tensor | None], out: Tensor | None = None
 ) -> Tensor:
     """See reference.row_grad."""
-    rows = make_rows(input, target, weight, spec)
-    grad = _empty_grad(input) if out is None else out
+    grad = _empty_grad(rows.input) if out is None else out
     loss, *others = (None if g is None else g.to(stats.dtype) for g in upstream)
-    if input.numel():
-        kernels.row_grad(rows, stats, Upstream(0.0 if loss is None else loss, *others), grad, False)
+    if grad.numel():
+        kernels.row_grad(readable(rows), stats, Upstream(0.0 if loss is None else loss, *others), grad, False)
     return grad
 
 
 def row_loss_grad(
     kernels: Kernels,
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    token_weight: Tensor | None,
-    normalizer: Tensor | None,
-    spec: Spec,
-    reduction: str,
-    out_dtype: torch.dtype,
+    rows: Rows,
+    to: Reduction,
     upstream: float | Tensor,
     need_grad: bool,
     out: Tensor | None = None,
@@ -147,11 +108,11 @@ def row_loss_grad(
     """The reduced loss; its gradient, `upstream` times; and, where the rows did not stay on chip, their statistics, to
     be given back with another upstream. With a tensor upstream and an `out` that holds the gradient for an upstream of
     one, the device decides whether there is anything left to do, and the loss is not computed again."""
-    rows = make_rows(input, target, weight, spec)
+    input, rows = rows.input, readable(rows)
     N = input.shape[0]
-    token_weight = None if token_weight is None else token_weight.contiguous()
-    denominator = normalizer
-    if denominator is None and reduction == "mean":
+    token_weight = None if to.token_weight is None else to.token_weight.contiguous()
+    denominator = to.normalizer
+    if denominator is None and to.kind == "mean":
         denominator = input.new_empty((), dtype=rows.compute_dtype)
         kernels.denominator(rows, token_weight, denominator)
     grad, again = out, isinstance(upstream, Tensor)
@@ -170,10 +131,10 @@ def row_loss_grad(
             loss, stats, _ = _stats(kernels, rows, False)
         if grad is not None and input.numel():
             kernels.row_grad(rows, stats, factors, grad, unless_one)
-    total = input.new_empty((), dtype=out_dtype if out_dtype in COMPUTE_DTYPE else rows.compute_dtype)
+    total = input.new_empty((), dtype=to.dtype if to.dtype in COMPUTE_DTYPE else rows.compute_dtype)
     if loss is not None and not again:
         kernels.total(loss, token_weight, denominator, total)
-    return total.to(out_dtype), grad, stats
+    return total.to(to.dtype), grad, stats
 
 
 def rescale(kernels: Kernels, grad: Tensor, upstream: Tensor) -> Tensor:

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments import COMPUTE_DTYPE
-from ..spec import REDUCTIONS, Spec
+from ..spec import COMPUTE_DTYPE, REDUCTIONS, Objective, Reduction, Rows
 
 try:
     from .. import _native
@@ -28,7 +27,7 @@ if _native is not None and "FASTLOSS_ISA" in os.environ:
         raise ValueError(f"environment variable FASTLOSS_ISA: {error}") from None
 
 
-def refuses(device: torch.device, dtype: torch.dtype, target_dtype: torch.dtype) -> str | None:
+def refuses(device: torch.device, dtype: torch.dtype, target_dtype: torch.dtype, objective: Objective) -> str | None:
     """Why these kernels cannot run such a call; None if they can."""
     if _native is None:
         return f"fastloss._native is not built: {_import_error}"
@@ -48,43 +47,48 @@ def empty_grad(input: Tensor) -> tuple[Tensor, bool]:
     return torch.frombuffer(buffer, dtype=input.dtype, count=count).view(input.shape), buffer.recycled
 
 
-def _rows(input: Tensor, target: Tensor, weight: Tensor | None, spec: Spec) -> tuple[tuple[Any, ...], Any]:
-    """The rows as the kernels read them, and the tensors that own their memory."""
-    if input.shape[1] > 1 and input.stride(1) != 1:
-        input = input.contiguous()
-    dtype = input.dtype
-    if target.dtype is not torch.int64:
-        target = as_probs(target, dtype)
-    elif not target.is_contiguous():
-        target = target.contiguous()
+def readable(rows: Rows) -> Rows:
+    """The rows as kernels read them; copies only what they could not: logits, probabilities and target logits with
+    contiguous classes, the rest contiguous, weights in the compute dtype."""
+    input, target, weight, spec, probs = rows
+    target = target.contiguous() if spec.objective.indexed else _beside(target, input.dtype)
     if weight is not None:
-        weight = weight.detach().to(COMPUTE_DTYPE[dtype]).contiguous()
-    return rows_fields(input, target, weight, spec, _num_threads()), (input, target, weight)
+        weight = weight.detach().to(rows.compute_dtype).contiguous()
+    if probs is not None:
+        probs = probs.detach().to(rows.compute_dtype).contiguous()
+    return Rows(_class_contiguous(input), target, weight, spec, probs)
 
 
-def rows_fields(input: Tensor, target: Tensor, weight: Tensor | None, spec: Spec, threads: int = 1) -> tuple[Any, ...]:
-    """What csrc/python.h, parse_rows, reads: tensors must be as it expects them."""
-    N, V = input.shape
-    soft = target.dtype is not torch.int64
-    stride, code = (target.stride(0), DTYPE_CODES[target.dtype]) if soft else (0, 0)
-    address = 0 if weight is None else weight.data_ptr()
-    logits = (input.data_ptr(), N, V, input.stride(0), DTYPE_CODES[input.dtype])
-    return (*logits, soft, target.data_ptr(), stride, code, address, *spec, threads)
-
-
-def as_probs(q: Tensor, dtype: torch.dtype) -> Tensor:
-    """Class probabilities in a dtype that the kernels read beside logits of `dtype`, classes contiguous."""
+def _beside(q: Tensor, dtype: torch.dtype) -> Tensor:
+    """Probabilities or logits in a dtype that the kernels read beside logits of `dtype`, classes contiguous."""
     if (q.dtype == torch.float64) != (dtype == torch.float64) or q.dtype not in DTYPE_CODES:
         q = q.to(COMPUTE_DTYPE[dtype])
-    return q.contiguous() if q.shape[1] > 1 and q.stride(1) != 1 else q
+    return _class_contiguous(q)
 
 
-def row_states(input: Tensor, target: Tensor, weight: Tensor | None, spec: Spec) -> Tensor:
+def _class_contiguous(x: Tensor) -> Tensor:
+    return x.contiguous() if x.shape[1] > 1 and x.stride(1) != 1 else x
+
+
+def rows_fields(rows: Rows, threads: int = 1) -> tuple[Any, ...]:
+    """What csrc/python.h, parse_rows, reads of `readable` rows."""
+    input, target, weight, spec, probs = rows
+    N, V = input.shape
+    objective = spec.objective
+    indices, picks, dense = (target.data_ptr(), 1, probs) if objective.indexed else (0, 0, target)
+    if target.dim() == 2 and indices:
+        picks = target.shape[1]
+    address, stride, code = (0, 0, 0) if dense is None else (dense.data_ptr(), dense.stride(0), DTYPE_CODES[dense.dtype])
+    weights = 0 if weight is None else weight.data_ptr()
+    logits = (input.data_ptr(), N, V, input.stride(0), DTYPE_CODES[input.dtype])
+    return (*logits, indices, picks, address, stride, code, weights, *spec, threads)
+
+
+def row_states(rows: Rows) -> Tensor:
     """(N, 5) float64: the state of each row over this part of the vocabulary (csrc/row_state.h)."""
-    rows, owners = _rows(input, target, weight, spec)
-    states = torch.empty((input.shape[0], 5), dtype=torch.float64)
-    _native.row_states(rows, states.data_ptr())
-    del owners
+    rows = readable(rows)
+    states = torch.empty((rows.input.shape[0], 5), dtype=torch.float64)
+    _native.row_states(rows_fields(rows, _num_threads()), states.data_ptr())
     return states
 
 
@@ -96,72 +100,54 @@ def merge_states(a: Tensor, b: Tensor) -> Tensor:
     return out
 
 
-def row_loss(
-    input: Tensor, target: Tensor, weight: Tensor | None, spec: Spec, extras: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def row_loss(rows: Rows, extras: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See reference.row_loss."""
-    rows, owners = _rows(input, target, weight, spec)
-    N = input.shape[0]
-    dtype = COMPUTE_DTYPE[input.dtype]
-    loss, stats = torch.empty(N, dtype=dtype), torch.empty((5, N), dtype=dtype)
-    argmax = torch.empty(N if extras else 0, dtype=torch.int64)
-    _native.row_loss(rows, loss.data_ptr(), stats.data_ptr(), argmax.data_ptr() if extras else 0, extras)
-    del owners
-    return loss, stats, argmax
+    rows = readable(rows)
+    N = rows.input.shape[0]
+    loss, stats = torch.empty(N, dtype=rows.compute_dtype), torch.empty((5, N), dtype=rows.compute_dtype)
+    ranked = extras and rows.spec.objective == Objective.INDEX
+    argmax, rank = (torch.empty(N if wanted else 0, dtype=torch.int64) for wanted in (extras, ranked))
+    addresses = (t.data_ptr() if t.numel() else 0 for t in (loss, stats, argmax, rank))
+    _native.row_loss(rows_fields(rows, _num_threads()), *addresses, extras)
+    return loss, stats, argmax, rank
 
 
-def row_grad(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    spec: Spec,
-    stats: Tensor,
-    upstream: list[Tensor | None],
-    out: Tensor | None = None,
-) -> Tensor:
+def row_grad(rows: Rows, stats: Tensor, upstream: list[Tensor | None], out: Tensor | None = None) -> Tensor:
     """See reference.row_grad."""
-    rows, owners = _rows(input, target, weight, spec)
-    grad = empty_grad(input)[0] if out is None else out
+    rows = readable(rows)
+    grad = empty_grad(rows.input)[0] if out is None else out
     upstream = [None if g is None else g.to(stats.dtype) for g in upstream]
     pointers = [(0, 0) if g is None else (g.data_ptr(), g.stride(0)) for g in upstream]
-    _native.row_grad(rows, stats.data_ptr(), pointers, grad.data_ptr(), grad.stride(0))
-    del owners
+    fields = rows_fields(rows, _num_threads())
+    _native.row_grad(fields, stats.data_ptr(), pointers, grad.data_ptr(), grad.stride(0))
     return grad
 
 
 def row_loss_grad(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    token_weight: Tensor | None,
-    normalizer: Tensor | None,
-    spec: Spec,
-    reduction: str,
-    out_dtype: torch.dtype,
+    rows: Rows,
+    to: Reduction,
     upstream: float,
     need_grad: bool,
     out: Tensor | None = None,
     stats: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The reduced loss and, `upstream` times, its gradient: each row's while the row is in cache. No statistics."""
-    rows, owners = _rows(input, target, weight, spec)
-    if token_weight is not None:
-        token_weight = token_weight.contiguous()
+    rows = readable(rows)
+    token_weight = None if to.token_weight is None else to.token_weight.contiguous()
     grad, streaming = out, False
     if need_grad and grad is None:
-        grad, streaming = empty_grad(input)
+        grad, streaming = empty_grad(rows.input)
     value = _native.row_loss_grad(
-        rows,
-        REDUCTIONS[reduction],
+        rows_fields(rows, _num_threads()),
+        REDUCTIONS[to.kind],
         0 if token_weight is None else token_weight.data_ptr(),
-        None if normalizer is None else float(normalizer),
+        None if to.normalizer is None else float(to.normalizer),
         upstream,
         0 if grad is None else grad.data_ptr(),
         0 if grad is None else grad.stride(0),
         streaming,
     )
-    del owners
-    return _scalar(value, out_dtype), grad, None
+    return _scalar(value, to.dtype), grad, None
 
 
 def _scalar(value: float, dtype: torch.dtype) -> Tensor:

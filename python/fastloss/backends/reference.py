@@ -6,18 +6,20 @@ first: the native and GPU kernels compute exactly this.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..arguments import COMPUTE_DTYPE
-from ..spec import Spec
+from ..reduction import valid_rows
+from ..spec import COMPUTE_DTYPE, Objective, Rows, Spec
 
 
 class RowResult(NamedTuple):
-    """Per-row loss and statistics, (N,) each, in the compute dtype; loss and log_prob 0 where the target is ignored."""
+    """Per-row loss and statistics, (N,) each, in the compute dtype; loss and log_prob 0 where the target is ignored.
+    `log_prob` is its expectation under a target of more than one class."""
 
     loss: Tensor
     lse: Tensor
@@ -35,32 +37,120 @@ def transform(input: Tensor, spec: Spec) -> Tensor:
     return z
 
 
-def row_result(input: Tensor, target: Tensor, weight: Tensor | None, spec: Spec) -> RowResult:
-    """Loss and statistics of logits (N, V) against class indices (N,) or class probabilities (N, V)."""
-    z = transform(input, spec)
-    w = None if weight is None else weight.to(z.dtype)
+def row_result(rows: Rows) -> RowResult:
+    """Loss and statistics of each row."""
+    z = transform(rows.input, rows.spec)
     log_p = torch.log_softmax(z, -1)
     lse = torch.logsumexp(z, -1)
-    # log p = -inf (a masked class) is taken out before products: 0 * inf is 0 here.
-    entropy = -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0)).sum(-1)
-    if target.is_floating_point():
-        q = smooth_probs(target.to(z.dtype), w, spec)
-        log_prob = _dot(q, log_p)
-        loss = -log_prob
-        valid = None
-    else:
-        log_prob = -F.nll_loss(log_p, target, ignore_index=spec.ignore_index, reduction="none")
-        valid = target != spec.ignore_index
-        sharp = 1 - spec.label_smoothing
-        w_y = sharp if w is None else sharp * w[torch.where(valid, target, 0)]
-        loss = -w_y * log_prob if w is None and sharp else -torch.where(w_y * valid == 0, 0, w_y * log_prob)
-        if spec.label_smoothing:
-            loss = loss - spec.label_smoothing / z.shape[-1] * (log_p.sum(-1) if w is None else _dot(w, log_p))
-    if spec.z_loss:
-        loss = loss + spec.z_loss * lse**2
-    if valid is not None:
-        loss = torch.where(valid, loss, 0)
-    return RowResult(loss, lse, log_prob, entropy)
+    entropy = -expectation(log_p, log_p)
+    loss, log_prob = _OBJECTIVES[rows.spec.objective](rows, z, log_p)
+    if rows.spec.z_loss:
+        loss = loss + rows.spec.z_loss * lse**2
+    valid = valid_rows(rows)
+    return RowResult(loss if valid is None else torch.where(valid, loss, 0), lse, log_prob, entropy)
+
+
+def expectation(log_q: Tensor, values: Tensor) -> Tensor:
+    """sum q values over the classes of q > 0: a masked class (log q = -inf) is taken out before products."""
+    nothing = log_q == -torch.inf
+    return (log_q.exp() * values.masked_fill(nothing, 0)).sum(-1)
+
+
+def _dot(w: Tensor, log_p: Tensor) -> Tensor:
+    """sum w log p, where 0 * inf is 0."""
+    return (w * log_p.masked_fill((log_p == -torch.inf) & (w == 0), 0)).sum(-1)
+
+
+# ---- (rows, z, log p) to (loss, log-probability of the target), (N,) each --------------------------------------------
+
+
+def _index(rows: Rows, z: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+    spec, target, w = rows.spec, rows.target, _class_weights(rows)
+    log_prob = -F.nll_loss(log_p, target, ignore_index=spec.ignore_index, reduction="none")
+    valid = target != spec.ignore_index
+    sharp = 1 - spec.label_smoothing
+    w_y = sharp if w is None else sharp * w[torch.where(valid, target, 0)]
+    loss = -w_y * log_prob if w is None and sharp else -torch.where(w_y * valid == 0, 0, w_y * log_prob)
+    return _smoothed(loss, w, spec, log_p), log_prob
+
+
+def _probs(rows: Rows, z: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+    log_prob = _dot(smooth_probs(rows.target.to(z.dtype), _class_weights(rows), rows.spec), log_p)
+    return -log_prob, log_prob
+
+
+def _topk(rows: Rows, z: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+    w, (indices, q) = _class_weights(rows), listed(rows)
+    log_prob = _dot(q if w is None else q * w[indices], log_p.gather(1, indices))
+    return _smoothed(-(1 - rows.spec.label_smoothing) * log_prob, w, rows.spec, log_p), log_prob
+
+
+def _topk_tail(rows: Rows, z: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+    indices, q = listed(rows)
+    rest = (1 - q.sum(-1)).clamp(min=0)
+    V = z.shape[1]
+    is_listed = torch.zeros(z.shape[0], V + 1, dtype=torch.bool, device=z.device)
+    is_listed = is_listed.scatter(1, torch.where(rows.target == rows.spec.ignore_index, V, indices), True)[:, :V]
+    # A row without a tail keeps its logits, and a zero does not meet the infinity of an empty sum.
+    tail = torch.logsumexp(z.masked_fill(is_listed & (rest > 0)[:, None], -torch.inf), -1) - torch.logsumexp(z, -1)
+    log_prob = _dot(q, log_p.gather(1, indices)) + rest * tail
+    return -log_prob, log_prob
+
+
+def _forward_kl(rows: Rows, z: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+    log_q = _target_log_probs(rows)
+    return _kl(log_q, log_p), expectation(log_q, log_p)
+
+
+def _reverse_kl(rows: Rows, z: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+    log_q = _target_log_probs(rows)
+    return _kl(log_p, log_q), expectation(log_q, log_p)
+
+
+def _js(rows: Rows, z: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+    log_q, beta = _target_log_probs(rows), rows.spec.beta
+    nowhere = (log_q == -torch.inf) & (log_p == -torch.inf)
+    parts = log_q.masked_fill(nowhere, 0) + math.log(beta), log_p.masked_fill(nowhere, 0) + math.log1p(-beta)
+    log_m = torch.logaddexp(*parts)
+    return beta * _kl(log_q, log_m) + (1 - beta) * _kl(log_p, log_m), expectation(log_q, log_p)
+
+
+_OBJECTIVES = {
+    Objective.INDEX: _index,
+    Objective.PROBS: _probs,
+    Objective.TOPK: _topk,
+    Objective.TOPK_TAIL: _topk_tail,
+    Objective.FORWARD_KL: _forward_kl,
+    Objective.REVERSE_KL: _reverse_kl,
+    Objective.JS: _js,
+}
+
+
+def _kl(log_q: Tensor, log_p: Tensor) -> Tensor:
+    """KL(q || p)."""
+    nothing = log_q == -torch.inf
+    return expectation(log_q, log_q.masked_fill(nothing, 0) - log_p)
+
+
+def _target_log_probs(rows: Rows) -> Tensor:
+    return torch.log_softmax(rows.target.to(rows.compute_dtype) * rows.spec.target_scale, -1)
+
+
+def _class_weights(rows: Rows) -> Tensor | None:
+    return None if rows.weight is None else rows.weight.to(rows.compute_dtype)
+
+
+def listed(rows: Rows) -> tuple[Tensor, Tensor]:
+    """The class indices of a top-k target and their probabilities, (N, K); what is ignored has none."""
+    assert rows.probs is not None
+    valid = rows.target != rows.spec.ignore_index
+    return torch.where(valid, rows.target, 0), torch.where(valid, rows.probs.to(rows.compute_dtype), 0)
+
+
+def _smoothed(loss: Tensor, weight: Tensor | None, spec: Spec, log_p: Tensor) -> Tensor:
+    if not spec.label_smoothing:
+        return loss
+    return loss - spec.label_smoothing / log_p.shape[-1] * (log_p.sum(-1) if weight is None else _dot(weight, log_p))
 
 
 def smooth_probs(q: Tensor, weight: Tensor | None, spec: Spec) -> Tensor:
@@ -70,61 +160,65 @@ def smooth_probs(q: Tensor, weight: Tensor | None, spec: Spec) -> Tensor:
     return q if weight is None else q * weight
 
 
-def _dot(w: Tensor, log_p: Tensor) -> Tensor:
-    return (w * log_p.masked_fill((log_p == -torch.inf) & (w == 0), 0)).sum(-1)
-
-
 # ---- the backend interface ------------------------------------------------------------------------------------------
 
 
-def row_loss(
-    input: Tensor, target: Tensor, weight: Tensor | None, spec: Spec, extras: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss (N,), stats (5, N): centre, log_sum, log_prob, mass, entropy, argmax (N,) or empty)."""
-    result = row_result(input, target, weight, spec)
-    z = transform(input, spec)
+def row_loss(rows: Rows, extras: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss (N,), stats (5, N): centre, log_sum, log_prob, mass, entropy; with extras argmax (N,) and the rank (N,) of a
+    class index, the number of larger logits, else empty)."""
+    result = row_result(rows)
+    z = transform(rows.input, rows.spec)
     top = z.amax(-1) if z.shape[-1] else result.lse
-    stats = torch.stack([top, result.lse - top, result.log_prob, _mass(input, target, weight, spec), result.entropy])
-    return result.loss, stats, z.argmax(-1) if extras else target.new_empty(0, dtype=torch.int64)
+    stats = torch.stack([top, result.lse - top, result.log_prob, _mass(rows), result.entropy])
+    none = rows.input.new_empty(0, dtype=torch.int64)
+    return result.loss, stats, z.argmax(-1) if extras else none, rank(rows) if extras else none
 
 
-def _mass(input: Tensor, target: Tensor, weight: Tensor | None, spec: Spec) -> Tensor:
+def rank(rows: Rows) -> Tensor:
+    """How many logits are larger than the target's, (N,); 0 where it is ignored."""
+    if rows.spec.objective != Objective.INDEX:
+        return rows.input.new_empty(0, dtype=torch.int64)
+    valid = rows.target != rows.spec.ignore_index
+    x_y = rows.input.gather(1, torch.where(valid, rows.target, 0)[:, None])
+    return torch.where(valid, (rows.input > x_y).sum(-1), 0)
+
+
+def _mass(rows: Rows) -> Tensor:
     """The total weight that a row's loss puts on -log p: the T of docs/math.md."""
-    dtype = COMPUTE_DTYPE[input.dtype]
-    w = None if weight is None else weight.to(dtype)
-    if target.is_floating_point():
-        return smooth_probs(target.to(dtype), w, spec).sum(-1)
-    valid = target != spec.ignore_index
-    if w is None:
-        return valid.to(dtype)
-    w_y = w[torch.where(valid, target, 0)]
-    return torch.where(valid, (1 - spec.label_smoothing) * w_y + spec.label_smoothing * w.sum() / w.numel(), 0)
+    spec, w = rows.spec, _class_weights(rows)
+    if spec.objective == Objective.PROBS:
+        return smooth_probs(rows.target.to(rows.compute_dtype), w, spec).sum(-1)
+    valid = valid_rows(rows)
+    if valid is None:
+        return rows.input.new_ones(rows.input.shape[0], dtype=rows.compute_dtype)
+    if spec.objective == Objective.INDEX:
+        mass = valid.to(rows.compute_dtype) if w is None else w[torch.where(valid, rows.target, 0)]
+    else:
+        indices, q = listed(rows)
+        mass = (q if w is None else q * w[indices]).sum(-1)
+    if spec.label_smoothing:
+        smooth = spec.label_smoothing * (1 if w is None else w.mean())
+        mass = (1 - spec.label_smoothing) * mass + smooth
+    return torch.where(valid, mass, 0)
 
 
-def row_grad(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    spec: Spec,
-    stats: Tensor,
-    upstream: list[Tensor | None],
-    out: Tensor | None = None,
-) -> Tensor:
+def row_grad(rows: Rows, stats: Tensor, upstream: list[Tensor | None], out: Tensor | None = None) -> Tensor:
     """d input, in `out` if given, from the upstream gradients of (loss, lse, log_prob, entropy), each (N,) or None."""
     with torch.enable_grad():
-        x = input.detach().requires_grad_()
-        result = row_result(x, target, weight, spec)
+        x = rows.input.detach().requires_grad_()
+        result = row_result(rows._replace(input=x))
         pairs = [(r, g) for r, g in zip(result, upstream, strict=True) if g is not None]
         (dx,) = torch.autograd.grad([r for r, _ in pairs], x, [g.to(r.dtype) for r, g in pairs])
-    rows = torch.zeros(dx.shape[:1], dtype=torch.bool, device=dx.device)
+    asked = torch.zeros(dx.shape[:1], dtype=torch.bool, device=dx.device)
     for g in (g for _, g in pairs):
-        rows = rows | (g != 0)
-    if upstream[1] is None and upstream[3] is None and not target.is_floating_point():
-        rows = rows & (target != spec.ignore_index)
-    dx = torch.where(rows[:, None], dx, 0)  # exact zeros even where the row holds NaN
+        asked = asked | (g != 0)
+    valid = valid_rows(rows)
+    if upstream[1] is None and upstream[3] is None and valid is not None:
+        asked = asked & valid
+    dx = torch.where(asked[:, None], dx, 0)  # exact zeros even where the row holds NaN
     return dx if out is None else out.copy_(dx)
 
 
-def refuses(device: torch.device, dtype: torch.dtype, target_dtype: torch.dtype) -> str | None:
+def refuses(device: torch.device, dtype: torch.dtype, target_dtype: torch.dtype, objective: Objective) -> str | None:
     """The reference takes everything that reaches a backend."""
     return None

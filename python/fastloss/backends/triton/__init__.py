@@ -7,14 +7,14 @@ from importlib.util import find_spec
 
 import torch
 
-from ...arguments import COMPUTE_DTYPE
-from ..device import Kernels
+from ...spec import COMPUTE_DTYPE, Objective
+from ..device import Kernels, lacks_kernels
 
 # Where Triton's kernels run. Who executes them elsewhere, as the tests do, adds a device type.
 device_types = {"cuda", "xpu"}
 
 
-def refuses(device: torch.device, dtype: torch.dtype, target_dtype: torch.dtype) -> str | None:
+def refuses(device: torch.device, dtype: torch.dtype, target_dtype: torch.dtype, objective: Objective) -> str | None:
     """Why these kernels cannot run such a call; None if they can."""
     if find_spec("triton") is None:
         return "triton is not installed: pip install triton"
@@ -26,7 +26,7 @@ def refuses(device: torch.device, dtype: torch.dtype, target_dtype: torch.dtype)
         return "needs compute capability 7.0"
     if dtype not in COMPUTE_DTYPE:
         return f"takes float32, bfloat16, float16 or float64, not {dtype}"
-    return None
+    return lacks_kernels(objective)
 
 
 def kernels() -> Kernels:

@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..device import Rows, Upstream
+from ...spec import Objective, Rows
+from ..device import Upstream
 from . import row_kernels
 from .row_kernels import kernel
 
@@ -55,11 +56,15 @@ def _vector(V: int, *matrices: Tensor) -> int:
 
 def _read(rows: Rows) -> tuple[Tensor, ...]:
     """What is read by rows of V."""
-    return (rows.input, rows.target) if rows.soft else (rows.input,)
+    return (rows.input, rows.target) if _soft(rows) else (rows.input,)
+
+
+def _soft(rows: Rows) -> bool:
+    return rows.spec.objective == Objective.PROBS
 
 
 def _general(rows: Rows) -> bool:
-    return rows.soft or rows.spec.softcap > 0 or rows.spec.label_smoothing > 0
+    return _soft(rows) or rows.spec.softcap > 0 or rows.spec.label_smoothing > 0
 
 
 def _strided(vector: Tensor | None) -> tuple[Tensor | None, int]:
@@ -73,7 +78,7 @@ def _upstream(g: Upstream) -> tuple[Any, ...]:
 
 
 def _target_stride(rows: Rows) -> int:
-    return rows.target.stride(0) if rows.soft else 1
+    return rows.target.stride(0) if _soft(rows) else 1
 
 
 def on_chip(input: Tensor, general: bool) -> bool:
@@ -88,7 +93,7 @@ def row_loss_grad(rows: Rows, upstream: Upstream, loss: Tensor, grad: Tensor, un
     block = _block(V, 32 * _WARPS * elements)
     with _on(x):
         row_kernels.row_loss_grad[(N,)](
-            x, x.stride(0), rows.target, _target_stride(rows), rows.weight, V, *rows.spec,
+            x, x.stride(0), rows.target, _target_stride(rows), rows.weight, V, *rows.spec[:5],
             *_upstream(upstream), int(unless_one), loss, grad, grad.stride(0),
             GENERAL=general, BLOCK=block, VECTOR=_vector(V, *_read(rows), grad), num_warps=_warps(block, elements),
             **_OPTIONS,
@@ -98,7 +103,7 @@ def row_loss_grad(rows: Rows, upstream: Upstream, loss: Tensor, grad: Tensor, un
 def row_stats(rows: Rows, loss: Tensor, stats: Tensor, argmax: Tensor | None, extras: bool) -> None:
     """See Kernels."""
     x, (N, V), general = rows.input, rows.input.shape, _general(rows)
-    ignore_index, eps, _, cap, scale = rows.spec
+    ignore_index, eps, _, cap, scale = rows.spec[:5]
     elements = _elements(x.dtype, 32 if general or extras else 64)
     block = _block(V, (32 if x.dtype == torch.float64 else 16) * _WARPS * elements)
     slices = max(1, triton.cdiv(V, block))
@@ -112,7 +117,7 @@ def row_stats(rows: Rows, loss: Tensor, stats: Tensor, argmax: Tensor | None, ex
             num_warps=_warps(block, elements), **_OPTIONS,
         )  # fmt: skip
         row_kernels.row_finish[(triton.cdiv(N, together),)](
-            x, x.stride(0), rows.target, rows.weight, V, N, *rows.spec, states, slices, loss, stats, argmax,
+            x, x.stride(0), rows.target, rows.weight, V, N, *rows.spec[:5], states, slices, loss, stats, argmax,
             GENERAL=general, EXTRAS=extras, BLOCK=block, ROWS=together, SLICES=merged,
             num_warps=1, **_OPTIONS,
         )  # fmt: skip
@@ -126,7 +131,7 @@ def row_grad(rows: Rows, stats: Tensor, upstream: Upstream, grad: Tensor, unless
     block = _block(V, 4 * 32 * elements)
     with _on(x):
         row_kernels.row_grad[(N, triton.cdiv(V, _PART))](
-            x, x.stride(0), rows.target, _target_stride(rows), rows.weight, V, N, *rows.spec,
+            x, x.stride(0), rows.target, _target_stride(rows), rows.weight, V, N, *rows.spec[:5],
             *_upstream(upstream), int(unless_one),
             *_strided(upstream.lse), *_strided(upstream.log_prob), *_strided(upstream.entropy),
             stats, grad, grad.stride(0),

@@ -1,0 +1,100 @@
+// Loops over one tile of logits and of target logits, both in buffers of F padded with -inf to whole vectors.
+#pragma once
+
+#include <cfloat>
+
+#include "tiles.h"
+
+namespace fastloss {
+inline namespace FASTLOSS_ISA {
+
+// A tile's logits and target logits, the largest of either, and what multiplies them.
+template <class F>
+struct PairTile {
+  const F *z, *u;
+  F top, target_top, scale, target_scale;
+};
+
+template <class F>
+struct PairSums {
+  double sum, target_sum, tilt;  // see PairState
+};
+
+// Sums about the tile's largest; leaves the logits' exponentials in a, and in b the target's, or (reverse KL) r.
+template <Objective kObjective, class F>
+inline PairSums<F> pair_tile(const PairTile<F>& tile, int64_t n, F* a, F* b) {
+  constexpr int L = kLanes<F>;
+  const Centre<F> centre(0, tile.scale), target_centre(0, tile.target_scale);
+  const Vec<F> zero = {};
+  Vec<F> sum[2] = {}, target_sum[2] = {}, tilt[2] = {};
+  const auto step = [&](int64_t i, int k) {
+    const Vec<F> z = load(tile.z + i) - tile.top, u = load(tile.u + i) - tile.target_top;
+    const Vec<F> e = centre.exp(centre.split(z)), f = target_centre.exp(target_centre.split(u));
+    sum[k] += e;
+    target_sum[k] += f;
+    store(a + i, e);
+    if constexpr (kObjective == Objective::kReverseKL) {
+      const Vec<F> r = e > 0 ? z * tile.scale - u * tile.target_scale : zero;
+      tilt[k] += e * r;
+      store(b + i, r);
+    } else {
+      if constexpr (kObjective == Objective::kForwardKL)
+        tilt[k] += f > 0 ? f * (u * tile.target_scale - z * tile.scale) : zero;
+      store(b + i, f);
+    }
+  };
+  int64_t i = 0;
+  for (; i + 2 * L <= n; i += 2 * L) step(i, 0), step(i + L, 1);
+  if (i < n) step(i, 0);
+  return {sum_lanes<F>(sum[0] + sum[1]), sum_lanes<F>(target_sum[0] + target_sum[1]), sum_lanes<F>(tilt[0] + tilt[1])};
+}
+
+// From exponentials to p (in a) and p log(p / m) (in b), m = beta q + (1 - beta) p, and the sums of KL(p || m) and
+// KL(q || m). The logarithm is of the quotient: where p and q are alike it is near one, and their difference is not
+// lost.
+template <class F>
+inline Mixture<double> mixture_tile(F* a, F* b, int64_t n, F k, F target_k, F beta) {
+  const F largest = sizeof(F) == 4 ? F(FLT_MAX / 4) : F(DBL_MAX / 4);  // of a vanishing p
+  const auto log_of = [&](Vec<F> m, Vec<F> p) {
+    const Vec<F> quotient = m / p;
+    return p > 0 ? log<F>(quotient < largest ? quotient : broadcast(largest)) : Vec<F>{};
+  };
+  Vec<F> logits = {}, target = {};
+  for (int64_t i = 0; i < n; i += kLanes<F>) {
+    const Vec<F> p = load(a + i) * k, q = load(b + i) * target_k, m = beta * q + (1 - beta) * p;
+    const Vec<F> h = -p * log_of(m, p);
+    logits += h;
+    target -= q * log_of(m, q);
+    store(a + i, p);
+    store(b + i, h);
+  }
+  return {sum_lanes<F>(target), sum_lanes<F>(logits)};
+}
+
+// Coefficients of a tile, which hold what turns exponentials into probabilities; r is what the tile's own lacks.
+template <class F>
+struct PairGradient {
+  F A, E, Q, r;
+};
+
+template <class F>
+inline void pair_gradient_tile(const F* a, const F* b, int64_t n, const PairGradient<F>& g, F* out) {
+  const Coefficients<F> c{g.A, g.E, 0, 0, g.Q};
+  const Vec<F> zero = {};
+  for (int64_t i = 0; i < n; i += kLanes<F>) {
+    const Vec<F> p = load(a + i), other = load(b + i);
+    store(out + i, g.E == 0 ? epilogue(c, p, zero, zero, other) : epilogue(c, p, p > 0 ? other + g.r : zero, zero, zero));
+  }
+}
+
+// The softcap's derivative, but for its linear part.
+template <class F>
+inline void bend_tile(F* dx, const F* z, int64_t n, F cap) {
+  for (int64_t i = 0; i < n; i += kLanes<F>) {
+    const Vec<F> ratio = load(z + i) / cap;
+    store(dx + i, load(dx + i) * (1 - ratio * ratio));
+  }
+}
+
+}  // namespace FASTLOSS_ISA
+}  // namespace fastloss

@@ -1,0 +1,46 @@
+"""From rows to a loss: by the entrance that serves. What all public losses over a vocabulary end in."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import rows as entrances
+from .backends import reference
+from .reduction import reduce_rows
+from .spec import Objective, Reduction, Rows
+
+_forward_ad = torch.autograd.forward_ad
+_grad_enabled = torch.is_grad_enabled
+
+
+def reduced_loss(rows: Rows, to: Reduction, inplace: bool = False) -> Tensor:
+    """The loss as `to` says, in its dtype; (N,) unreduced."""
+    if to.kind != "none" and not _needs_reference(rows, to.token_weight, to.normalizer):
+        loss = entrances.reduced(rows, to, inplace)
+        if loss is not None:
+            return loss
+    return reduce_rows(row_losses(rows, inplace=inplace).loss, rows, to).to(to.dtype)
+
+
+def row_losses(rows: Rows, extras: bool = False, inplace: bool = False) -> entrances.RowLoss:
+    """Losses and, with `extras`, statistics of each row."""
+    if not _needs_reference(rows):
+        return entrances.per_row(rows, extras, inplace)
+    if rows.weight is not None and rows.weight.requires_grad and rows.spec.objective == Objective.INDEX:
+        raise RuntimeError("weight: cross_entropy of class indices is not differentiable with respect to it")
+    result = reference.row_result(rows)
+    if not extras:
+        return entrances.RowLoss(*result)
+    argmax = reference.transform(rows.input.detach(), rows.spec).argmax(-1)
+    return entrances.RowLoss(*result, argmax, reference.rank(rows))
+
+
+def _needs_reference(rows: Rows, *vectors: Tensor | None) -> bool:
+    """Transforms of torch.func, forward-mode AD, and gradients of targets, weights or denominators."""
+    if entrances.transforming() or _forward_ad._current_level >= 0:
+        return True
+    for t in (rows.target, rows.weight, rows.probs, *vectors):  # noqa: SIM110 - any() of a generator takes twice the time
+        if t is not None and t.requires_grad and _grad_enabled():
+            return True
+    return False
