@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .spec import COMPUTE_DTYPE, Spec
+from .spec import COMPUTE_DTYPE, Reduction, Spec
 
 _INDEX_DTYPES = (torch.int64, torch.int32, torch.uint8)
 _autocast_exists = torch.amp.is_autocast_available
@@ -135,6 +135,61 @@ def as_normalizer(normalizer: Tensor | float, like: Tensor, reduction: str) -> T
     return torch.full((), normalizer, dtype=dtype, device=like.device)
 
 
+def classes_last(input: Tensor, name: str = "input") -> Tensor:
+    """Logits (..., V) as rows (N, V)."""
+    if not isinstance(input, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(input).__name__}")
+    if input.dtype not in COMPUTE_DTYPE or input.layout is not torch.strided:
+        raise NotImplementedError(
+            f"{name}: expected strided logits in float32, bfloat16, float16 or float64, got {input.dtype} {input.layout}"
+        )
+    if input.dim() == 0:
+        raise RuntimeError(f"{name}: expected logits of shape (..., V), got a scalar")
+    return input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
+
+
+def beside(tensor: Tensor, name: str, input: Tensor, shape: torch.Size, integral: bool = False) -> Tensor:
+    """A tensor that must have this shape and stand on input's device."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
+    if tensor.shape != shape:
+        raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}")
+    if tensor.device != input.device:
+        raise RuntimeError(f"{name}: expected a tensor on {input.device} like input, got one on {tensor.device}")
+    if tensor.dtype not in _INDEX_DTYPES if integral else not tensor.is_floating_point():
+        kind = "class indices in int64, int32 or uint8" if integral else "floating point numbers"
+        raise RuntimeError(f"{name}: expected {kind}, got {tensor.dtype}")
+    return tensor.long() if integral else tensor
+
+
+def as_reduction(
+    input: Tensor,
+    reduction: str,
+    token_weight: Tensor | None,
+    mask: Tensor | None,
+    normalizer: Tensor | float | None,
+    out_dtype: torch.dtype | None,
+    kinds: tuple[str, ...] = ("none", "mean", "sum"),
+) -> Reduction:
+    """How losses of logits (..., V) become what the caller asked for; targets that the mask leaves out weigh nothing."""
+    if reduction not in kinds:
+        raise ValueError(f"reduction: expected one of {', '.join(kinds)}, got {reduction!r}")
+    shape, dtype = input.shape[:-1], COMPUTE_DTYPE[input.dtype]
+    weights = None if token_weight is None else beside(token_weight, "token_weight", input, shape).reshape(-1).to(dtype)
+    if mask is not None:
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != shape:
+            got = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(f"mask: expected a bool Tensor of shape {tuple(shape)}, True where a row counts, got {got}")
+        counts = mask.reshape(-1)
+        weights = counts.to(dtype) if weights is None else torch.where(counts, weights, 0)
+    if reduction == "batchmean":
+        if normalizer is not None:
+            raise ValueError("normalizer: expected reduction='mean' or 'sum' with it, got reduction='batchmean'")
+        reduction, normalizer = "sum", float(input.shape[0]) if input.dim() > 1 else 1.0
+    divisor = None if normalizer is None else as_normalizer(normalizer, input, reduction)
+    return Reduction(reduction, weights, divisor, result_dtype(input, out_dtype))
+
+
 def check_inplace(input: Tensor, rows: Tensor) -> None:
     """The gradient can only overwrite logits that are dense rows of a tensor autograd may see changed."""
     leaf = any(t is not None and t.is_leaf and t.requires_grad for t in (input, input._base))
@@ -154,16 +209,21 @@ def loss_dtype(input: Tensor, target: Tensor, weight: Tensor | None, out_dtype: 
     """torch's result dtype: that of the input, float32 under autocast, promoted by class probabilities."""
     if out_dtype is None and input.dtype is torch.float32 and target.dtype is torch.int64:
         return torch.float32
-    if out_dtype is not None:
-        if not out_dtype.is_floating_point:
-            raise TypeError(f"out_dtype: expected a floating point dtype, got {out_dtype}")
-        return out_dtype
-    dtype = torch.float32 if _under_autocast(input) else input.dtype
-    if target.is_floating_point():
+    dtype = result_dtype(input, out_dtype)
+    if out_dtype is None and target.is_floating_point():
         for other in (target, weight):
             if other is not None and not (_under_autocast(input) and other.dtype in _LOW_PRECISION):
                 dtype = torch.promote_types(dtype, other.dtype)
     return dtype
+
+
+def result_dtype(input: Tensor, out_dtype: torch.dtype | None) -> torch.dtype:
+    """`out_dtype`, by default the input's, but float32 under autocast."""
+    if out_dtype is None:
+        return torch.float32 if _under_autocast(input) else input.dtype
+    if not out_dtype.is_floating_point:
+        raise TypeError(f"out_dtype: expected a floating point dtype, got {out_dtype}")
+    return out_dtype
 
 
 def _under_autocast(input: Tensor) -> bool:

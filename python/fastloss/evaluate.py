@@ -16,7 +16,7 @@ _grad_enabled = torch.is_grad_enabled
 
 def reduced_loss(rows: Rows, to: Reduction, inplace: bool = False) -> Tensor:
     """The loss as `to` says, in its dtype; (N,) unreduced."""
-    if to.kind != "none" and not _needs_reference(rows, to.token_weight, to.normalizer):
+    if to.kind != "none" and not needs_reference(rows, to.token_weight, to.normalizer):
         loss = entrances.reduced(rows, to, inplace)
         if loss is not None:
             return loss
@@ -25,7 +25,7 @@ def reduced_loss(rows: Rows, to: Reduction, inplace: bool = False) -> Tensor:
 
 def row_losses(rows: Rows, extras: bool = False, inplace: bool = False) -> entrances.RowLoss:
     """Losses and, with `extras`, statistics of each row."""
-    if not _needs_reference(rows):
+    if not needs_reference(rows):
         return entrances.per_row(rows, extras, inplace)
     if rows.weight is not None and rows.weight.requires_grad and rows.spec.objective == Objective.INDEX:
         raise RuntimeError("weight: cross_entropy of class indices is not differentiable with respect to it")
@@ -36,7 +36,7 @@ def row_losses(rows: Rows, extras: bool = False, inplace: bool = False) -> entra
     return entrances.RowLoss(*result, argmax, reference.rank(rows))
 
 
-def _needs_reference(rows: Rows, *vectors: Tensor | None) -> bool:
+def needs_reference(rows: Rows, *vectors: Tensor | None) -> bool:
     """Transforms of torch.func, forward-mode AD, and gradients of targets, weights or denominators."""
     if entrances.transforming() or _forward_ad._current_level >= 0:
         return True

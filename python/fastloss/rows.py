@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .backends import Backend, choose, reference
 from .reduction import reduce_rows
-from .spec import Objective, Reduction, Rows, Spec
+from .spec import COMPUTE_DTYPE, Objective, Reduction, Rows, Spec
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 _grad_enabled = torch.is_grad_enabled
@@ -149,6 +149,45 @@ def per_row(rows: Rows, extras: bool = False, inplace: bool = False) -> RowLoss:
     """Losses and, with `extras`, statistics of each row; differentiable."""
     out = PerRow.apply(*rows, extras, inplace)
     return RowLoss(*out) if extras else RowLoss(out)
+
+
+class Selected(torch.autograd.Function):
+    """(input, index (N, K), spec, extras) -> (log-probabilities (N, K), entropy (N,) or empty). Its gradient is that of
+    the cross-entropy of those classes with the negative upstream gradient as their probabilities."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, index: Tensor, spec: Spec, extras: bool) -> tuple[Tensor, Tensor]:
+        none = input.new_zeros(index.shape, dtype=COMPUTE_DTYPE[input.dtype])
+        rows = Rows(input, index, None, spec, none)
+        _, stats, *_ = call_row_loss(rows, extras)
+        ctx.save_for_backward(input, index, stats)
+        ctx.spec = spec
+        ctx.set_materialize_grads(False)
+        valid = index != spec.ignore_index
+        z = reference.transform(input.gather(1, torch.where(valid, index, 0)), spec)
+        log_prob = ((z - stats[0][:, None]) - stats[1][:, None]).clamp(max=0)  # rounding must not pass a probability of one
+        return torch.where(valid, log_prob, 0), stats[4].clone() if extras else stats.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> Any:
+        input, index, stats = ctx.saved_tensors
+        chosen, entropy = upstream
+        if not _is_compiling() and any(map(_needs_formula, upstream)):
+            outputs = lambda: reference.selected(input, index, ctx.spec)  # noqa: E731
+            return _formula_grad(outputs, input, list(upstream)), None, None, None
+        if chosen is None and entropy is None:
+            return None, None, None, None
+        probs = stats.new_zeros(index.shape) if chosen is None else torch.where(index != ctx.spec.ignore_index, -chosen, 0)
+        rows = Rows(input, index, None, ctx.spec, probs)
+        stats = torch.stack([*stats[:3], probs.sum(1), stats[4]])  # the mass is the probabilities' sum
+        return call_row_grad(rows, stats, [stats.new_ones(len(index)), None, None, entropy]), None, None, None
+
+
+def selected(
+    input: Tensor, index: Tensor, spec: Spec, extras: bool, by_formula: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities (N, K) of chosen classes and, with `extras`, the entropy (N,); differentiable."""
+    return reference.selected(input, index, spec) if by_formula else Selected.apply(input, index, spec, extras)
 
 
 # The upstream gradient of the last backward. A training loop's is the same at every step (1, one over the accumulation

@@ -160,6 +160,13 @@ def smooth_probs(q: Tensor, weight: Tensor | None, spec: Spec) -> Tensor:
     return q if weight is None else q * weight
 
 
+def selected(input: Tensor, index: Tensor, spec: Spec) -> tuple[Tensor, Tensor]:
+    """(log-probabilities of classes (N, K), 0 where ignored; entropy (N,))."""
+    log_p = torch.log_softmax(transform(input, spec), -1)
+    valid = index != spec.ignore_index
+    return torch.where(valid, log_p.gather(1, torch.where(valid, index, 0)), 0), -expectation(log_p, log_p)
+
+
 # ---- the backend interface ------------------------------------------------------------------------------------------
 
 

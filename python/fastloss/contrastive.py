@@ -1,0 +1,80 @@
+"""Contrastive losses: cross-entropy whose classes are the other items of the batch."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .losses import cross_entropy
+
+
+def info_nce(
+    query: Tensor,
+    key: Tensor,
+    *,
+    negatives: Tensor | None = None,
+    temperature: float | Tensor = 0.07,
+    symmetric: bool = False,
+    normalize: bool = True,
+    label_smoothing: float = 0.0,
+    token_weight: Tensor | None = None,
+    reduction: str = "mean",
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    r"""``F.cross_entropy(normalize(query) @ normalize(key).T / temperature, arange(N))``
+
+    Each query's own key against the keys of the rest of the batch: van den Oord et al. 2018 (arXiv:1807.03748), equation
+    4. With symmetric=True the mean of it and of the keys against the queries, as in CLIP (Radford et al. 2021,
+    arXiv:2103.00020, figure 3).
+
+    Args:
+        query, key: (N, D), rows that belong together.
+        negatives: (M, D), keys that belong to no query; not with symmetric=True.
+        temperature: > 0, or a tensor of one element, which may be learned.
+        normalize: whether rows are scaled to length one first (cosine similarities).
+        label_smoothing, out_dtype: as in `cross_entropy`.
+        token_weight: (N,) multiplies each pair's loss, and counts in the mean's denominator.
+        reduction: "none", "mean" or "sum".
+
+    Returns:
+        A scalar, or with reduction="none" (N,).
+
+    Raises:
+        ValueError, RuntimeError, TypeError: naming the argument.
+
+    Memory: the (N, N + M) similarities and their gradient.
+    """
+    for name, x in (("query", query), ("key", key), ("negatives", negatives)):
+        if x is not None and (not isinstance(x, Tensor) or x.dim() != 2 or x.shape[1] != query.shape[1]):
+            got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"{name}: expected a Tensor of shape (N, D) like query, got {got}")
+    if key.shape != query.shape:
+        raise ValueError(f"key: expected query's shape {tuple(query.shape)}, got {tuple(key.shape)}")
+    if symmetric and negatives is not None:
+        raise ValueError("negatives: expected None with symmetric=True, whose keys are queries too")
+    if normalize:
+        query, key = F.normalize(query, dim=-1), F.normalize(key, dim=-1)
+        negatives = None if negatives is None else F.normalize(negatives, dim=-1)
+    logits = query @ (key if negatives is None else torch.cat([key, negatives])).T
+    scale = 1.0
+    if isinstance(temperature, Tensor):
+        logits = logits / temperature
+    elif not temperature > 0:
+        raise ValueError(f"temperature: expected a number > 0, got {temperature}")
+    else:
+        scale = 1.0 / temperature
+    labels = torch.arange(len(query), device=query.device)
+
+    def loss(similarities: Tensor) -> Tensor:
+        return cross_entropy(
+            similarities,
+            labels,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+            logit_scale=scale,
+            token_weight=token_weight,
+            out_dtype=out_dtype,
+        )
+
+    return (loss(logits) + loss(logits.T)) / 2 if symmetric else loss(logits)

@@ -1,0 +1,121 @@
+"""Divergences between the softmaxes of two sets of logits: distillation, and regularisation towards a reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import arguments
+from .evaluate import reduced_loss
+from .spec import Objective, Rows, make_spec
+
+_DIRECTIONS = {"forward": Objective.FORWARD_KL, "reverse": Objective.REVERSE_KL}
+_REDUCTIONS = ("none", "mean", "batchmean", "sum")
+
+
+def kl_div_with_logits(
+    input: Tensor,
+    target_logits: Tensor,
+    *,
+    direction: str = "forward",
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    z_loss: float = 0.0,
+    token_weight: Tensor | None = None,
+    mask: Tensor | None = None,
+    reduction: str = "mean",
+    normalizer: Tensor | float | None = None,
+    out_dtype: torch.dtype | None = None,
+    inplace: bool = False,
+) -> Tensor:
+    r"""``F.kl_div(log_softmax(input / T, -1), log_softmax(target_logits / T, -1), log_target=True, reduction="none").sum(-1)``
+
+    of each row, KL(q || p) with p = softmax(input / T) and q = softmax(target_logits / T); with direction="reverse"
+    KL(p || q). No softmax is materialised, and gradients are finite at any finite logits.
+
+    Args:
+        input: the student's logits (..., V); float32, bfloat16, float16 or float64, any strides. Sums are float32
+            (float64 for float64). A class whose logit is -inf on both sides does not exist.
+        target_logits: the teacher's logits, of input's shape. Differentiable, by the slower textbook expression.
+        direction: "forward", KL(q || p), or "reverse", KL(p || q).
+        temperature: T > 0 divides both; the loss is not multiplied by T ** 2 (Hinton et al. 2015, arXiv:1503.02531,
+            section 2, does so to keep gradients of hard and soft targets in proportion).
+        softcap, logit_scale, z_loss: of `input`, as in `cross_entropy`.
+        token_weight: (...): multiplies each row's loss, and counts in the mean's denominator.
+        mask: (...), bool: rows that are False count for nothing: zero loss, exactly zero gradient, not in the mean.
+        reduction: "none", "mean" (over rows, weighted), "batchmean" (the sum over input.shape[0]) or "sum".
+        normalizer: a number or a tensor of one element that replaces the mean's denominator, or divides the sum.
+        out_dtype: dtype of the loss; by default input's, but float32 under autocast.
+        inplace: the gradient may overwrite `input`, which must not be used afterwards.
+
+    Returns:
+        A scalar, or with reduction="none" a tensor of shape (...).
+
+    Raises:
+        ValueError, RuntimeError, TypeError, NotImplementedError: naming the argument.
+
+    Memory: the gradient of `input`, and O(N + V) beyond it.
+
+    >>> student, teacher = torch.zeros(2, 4), torch.tensor([[0.0, 1.0, 2.0, 3.0]]).expand(2, 4)
+    >>> kl_div_with_logits(student, teacher)
+    tensor(0.4391)
+    """
+    if direction not in _DIRECTIONS:
+        raise ValueError(f"direction: expected 'forward' or 'reverse', got {direction!r}")
+    shape = (softcap, logit_scale, z_loss, temperature)
+    weights = (token_weight, mask, reduction, normalizer, out_dtype, inplace)
+    return _divergence(input, target_logits, _DIRECTIONS[direction], 0.5, shape, weights)
+
+
+def js_div_with_logits(
+    input: Tensor,
+    target_logits: Tensor,
+    *,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    z_loss: float = 0.0,
+    token_weight: Tensor | None = None,
+    mask: Tensor | None = None,
+    reduction: str = "mean",
+    normalizer: Tensor | float | None = None,
+    out_dtype: torch.dtype | None = None,
+    inplace: bool = False,
+) -> Tensor:
+    r"""``beta * KL(q || m) + (1 - beta) * KL(p || m)``, ``m = beta * q + (1 - beta) * p``
+
+    of each row, the generalised Jensen-Shannon divergence of Agarwal et al. 2024 (arXiv:2306.13649, section 2), with
+    p = softmax(input / T) and q = softmax(target_logits / T). In the limits, where it vanishes, it is defined as what it
+    tends to over beta or 1 - beta: beta = 0 is the forward KL(q || p), beta = 1 the reverse KL(p || q).
+
+    Args:
+        beta: in [0, 1].
+
+    All else as in `kl_div_with_logits`. The logarithm is of quotients near one where p and q are alike: the loss keeps
+    its digits as the student learns.
+    """
+    if not isinstance(beta, (int, float)) or not 0 <= beta <= 1:
+        raise ValueError(f"beta: expected a number in [0, 1], got {beta!r}")
+    objective = {0: Objective.FORWARD_KL, 1: Objective.REVERSE_KL}.get(beta, Objective.JS)
+    shape = (softcap, logit_scale, z_loss, temperature)
+    weights = (token_weight, mask, reduction, normalizer, out_dtype, inplace)
+    return _divergence(input, target_logits, objective, float(beta), shape, weights)
+
+
+def _divergence(
+    input: Tensor, target_logits: Tensor, objective: Objective, beta: float, shape: tuple[Any, ...], weights: Any
+) -> Tensor:
+    softcap, logit_scale, z_loss, temperature = shape
+    token_weight, mask, reduction, normalizer, out_dtype, inplace = weights
+    x = arguments.classes_last(input)
+    u = arguments.classes_last(arguments.beside(target_logits, "target_logits", input, input.shape), "target_logits")
+    to = arguments.as_reduction(input, reduction, token_weight, mask, normalizer, out_dtype, _REDUCTIONS)
+    if inplace:
+        arguments.check_inplace(input, x)
+    spec = make_spec(-100, 0.0, z_loss, softcap, logit_scale, objective, temperature, beta)
+    loss = reduced_loss(Rows(x, u, None, spec), to, inplace)
+    return loss.reshape(input.shape[:-1]) if to.kind == "none" else loss

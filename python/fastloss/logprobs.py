@@ -1,0 +1,165 @@
+"""Log-probabilities and other statistics of rows of logits: what losses written in plain torch are made of."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, overload
+
+import torch
+from torch import Tensor
+
+from . import arguments, rows
+from .evaluate import needs_reference, row_losses
+from .spec import COMPUTE_DTYPE, Objective, Rows, make_spec
+
+
+class RowStats(NamedTuple):
+    """Statistics of each row in the compute dtype, (...): `lse`, `logit`, `log_prob` and `entropy` are differentiable,
+    `argmax` and `rank` int64. Without a target `logit`, `log_prob` and `rank` are None; where it is ignored, `log_prob`
+    and `rank` are 0, and `logit` the lse."""
+
+    lse: Tensor
+    logit: Tensor | None
+    log_prob: Tensor | None
+    entropy: Tensor
+    argmax: Tensor
+    rank: Tensor | None
+
+
+def row_stats(
+    input: Tensor,
+    target: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> RowStats:
+    r"""``lse = z.logsumexp(-1)``, ``log_prob = z.log_softmax(-1).gather(-1, target[..., None])[..., 0]``,
+    ``entropy = -(z.softmax(-1) * z.log_softmax(-1)).sum(-1)``, ``argmax = z.argmax(-1)``,
+    ``rank = (z > logit[..., None]).sum(-1)``
+
+    of z = softcap * tanh(logit_scale * input / softcap) / temperature, in one pass: the general entrance for any loss
+    that is a function of them. Their gradient takes one more pass, which writes the gradient of `input` and nothing else
+    of its size.
+
+    Args:
+        input: logits (..., V); float32, bfloat16, float16 or float64, any strides.
+        target: (...) class indices, or None.
+        ignore_index: targets of this index are none.
+        temperature, softcap, logit_scale: > 0.
+
+    Returns:
+        RowStats, float32 (float64 for float64 logits). `rank` 0 is the most probable class.
+
+    Raises:
+        IndexError: a class index out of range (on the CPU).  ValueError, RuntimeError, TypeError: naming the argument.
+
+    Memory: O(N + V); in the backward the gradient.
+
+    >>> stats = row_stats(torch.tensor([[0.0, 1.0, 3.0]]), torch.tensor([1]))
+    >>> stats.rank, stats.log_prob
+    (tensor([1]), tensor([-2.1698]))
+    """
+    x = arguments.classes_last(input)
+    shape = input.shape[:-1]
+    spec = make_spec(ignore_index, 0.0, 0.0, softcap, logit_scale, Objective.INDEX, temperature)
+    if target is None:
+        y = x.new_full((x.shape[0],), spec.ignore_index, dtype=torch.int64)
+    else:
+        y = arguments.beside(target, "target", input, shape, integral=True).reshape(-1)
+    row = row_losses(Rows(x, y, None, spec), extras=True)
+    lse, log_prob, entropy, argmax, rank = (t.reshape(shape) for t in row[1:] if t is not None)
+    if target is None:
+        return RowStats(lse, None, None, entropy, argmax, None)
+    return RowStats(lse, log_prob + lse, log_prob, entropy, argmax, rank)
+
+
+def softmax_entropy(
+    input: Tensor, *, temperature: float = 1.0, softcap: float | None = None, logit_scale: float = 1.0
+) -> Tensor:
+    r"""``-(input.softmax(-1) * input.log_softmax(-1)).sum(-1)``
+
+    Args:
+        input: logits (..., V). A class whose logit is -inf does not exist: 0 log 0 is 0.
+        temperature, softcap, logit_scale: > 0, as in `row_stats`.
+
+    Returns:
+        (...), float32 (float64 for float64 logits), in nats; differentiable.
+
+    Memory: O(N + V); in the backward the gradient.
+    """
+    return row_stats(input, temperature=temperature, softcap=softcap, logit_scale=logit_scale).entropy
+
+
+@overload
+def selective_log_softmax(
+    input: Tensor,
+    index: Tensor,
+    *,
+    temperature: float = ...,
+    return_entropy: Literal[False] = ...,
+    ignore_index: int = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
+) -> Tensor: ...
+
+
+@overload
+def selective_log_softmax(
+    input: Tensor,
+    index: Tensor,
+    *,
+    temperature: float = ...,
+    return_entropy: Literal[True],
+    ignore_index: int = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+def selective_log_softmax(
+    input: Tensor,
+    index: Tensor,
+    *,
+    temperature: float = 1.0,
+    return_entropy: bool = False,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""``(input / temperature).log_softmax(-1).gather(-1, index)``
+
+    without the (..., V) log-probabilities: the log-likelihood of chosen tokens, as RL (GRPO, PPO), DPO and scoring need.
+
+    Args:
+        input: logits (..., V); float32, bfloat16, float16 or float64, any strides.
+        index: (...), one class of each row, or (..., K); int64, int32 or uint8. The result has its shape.
+        temperature: > 0, divides the logits.
+        return_entropy: also the entropy of each row, (...); differentiable.
+        ignore_index: where the index is this, the result is 0 and has no gradient.
+        softcap, logit_scale: > 0, as in `cross_entropy`.
+
+    Returns:
+        log-probabilities, or (log-probabilities, entropy); float32 (float64 for float64 logits).
+
+    Raises:
+        IndexError: an index out of range (on the CPU).  ValueError, RuntimeError, TypeError: naming the argument.
+
+    Memory: O(N K + V); in the backward the gradient.
+    """
+    x = arguments.classes_last(input)
+    shape = input.shape[:-1]
+    many = isinstance(index, Tensor) and index.dim() == input.dim()
+    expected = torch.Size((*shape, index.shape[-1])) if many else shape
+    y = arguments.beside(index, "index", input, expected, integral=True)
+    objective = Objective.TOPK if many else Objective.INDEX
+    spec = make_spec(ignore_index, 0.0, 0.0, softcap, logit_scale, objective, temperature)
+    if many:
+        y = y.reshape(x.shape[0], index.shape[-1])
+        log_prob, entropy = rows.selected(x, y, spec, return_entropy, needs_reference(Rows(x, y, None, spec)))
+    else:
+        row = row_losses(Rows(x, y.reshape(-1), None, spec), extras=return_entropy)
+        log_prob, entropy = -row.loss if row.log_prob is None else row.log_prob, row.entropy
+    log_prob = log_prob.reshape(expected)
+    assert log_prob.dtype == COMPUTE_DTYPE[input.dtype]
+    return (log_prob, entropy.reshape(shape)) if return_entropy and entropy is not None else log_prob
