@@ -41,11 +41,12 @@ class Pair {
     const F scale = F(spec_.logit_scale);
     const bool mixed = spec_.objective == Objective::kJS;
     for_tiles<F>(V_, [&](int64_t j, int64_t n, int64_t t) {
-      PairGradient<F> tile{F(c.A) * scale, F(c.E) * scale, F(c.Q) * scale, 0};
+      PairGradient<F> tile{F(c.A + c.E * stats_.tilt) * scale, F(c.E) * scale, F(c.Q) * scale, 0, 0};
       if (!mixed) {
         tile.A *= probability(t), tile.E *= probability(t);
         if (spec_.objective == Objective::kForwardKL) tile.Q *= target_probability(t);
-        tile.r = F((centre(t) - stats_.centre) - (target_centre(t) - stats_.target_centre));
+        const double r = ((centre(t) - stats_.centre) - (target_centre(t) - stats_.target_centre)) - stats_.tilt;
+        tile.r = F(r), tile.residue = F(r - double(tile.r));
       }
       pair_gradient_tile<F>(ws_.row + j, ws_.target_row + j, padded<F>(n), tile, ws_.tile);
       if (cap_ > 0) {

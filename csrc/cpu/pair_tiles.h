@@ -71,10 +71,11 @@ inline Mixture<double> mixture_tile(F* a, F* b, int64_t n, F k, F target_k, F be
   return {sum_lanes<F>(target), sum_lanes<F>(logits)};
 }
 
-// Coefficients of a tile, which hold what turns exponentials into probabilities; r is what the tile's own lacks.
+// Coefficients of a tile, which hold what turns exponentials into probabilities. `r` + `residue` is what the tile's own
+// r lacks, less its mean: A p + E p r would cancel after both were rounded.
 template <class F>
 struct PairGradient {
-  F A, E, Q, r;
+  F A, E, Q, r, residue;
 };
 
 template <class F>
@@ -83,7 +84,7 @@ inline void pair_gradient_tile(const F* a, const F* b, int64_t n, const PairGrad
   const Vec<F> zero = {};
   for (int64_t i = 0; i < n; i += kLanes<F>) {
     const Vec<F> p = load(a + i), other = load(b + i);
-    store(out + i, g.E == 0 ? epilogue(c, p, zero, zero, other) : epilogue(c, p, p > 0 ? other + g.r : zero, zero, zero));
+    store(out + i, g.E == 0 ? epilogue(c, p, zero, zero, other) : epilogue(c, p, p > 0 ? (other + g.r) + g.residue : zero, zero, zero));
   }
 }
 
