@@ -256,7 +256,7 @@ CASES = [
 
 def _mask(N: int, V: int, dtype: torch.dtype, g: torch.Generator) -> Tensor:
     mask = torch.rand(N, generator=g) < 0.7
-    mask[0] = True
+    mask[:1] = True
     return mask
 
 

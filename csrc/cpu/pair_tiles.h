@@ -46,7 +46,8 @@ inline PairSums<F> pair_tile(const PairTile<F>& tile, int64_t n, F* a, F* b) {
   int64_t i = 0;
   for (; i + 2 * L <= n; i += 2 * L) step(i, 0), step(i + L, 1);
   if (i < n) step(i, 0);
-  return {sum_lanes<F>(sum[0] + sum[1]), sum_lanes<F>(target_sum[0] + target_sum[1]), sum_lanes<F>(tilt[0] + tilt[1])};
+  return {wide_sum<F>(sum[0]) + wide_sum<F>(sum[1]), wide_sum<F>(target_sum[0]) + wide_sum<F>(target_sum[1]),
+          wide_sum<F>(tilt[0]) + wide_sum<F>(tilt[1])};
 }
 
 // From exponentials to p (in a) and p log(p / m) (in b), m = beta q + (1 - beta) p, and the sums of KL(p || m) and
@@ -68,7 +69,7 @@ inline Mixture<double> mixture_tile(F* a, F* b, int64_t n, F k, F target_k, F be
     store(a + i, p);
     store(b + i, h);
   }
-  return {sum_lanes<F>(target), sum_lanes<F>(logits)};
+  return {wide_sum<F>(target), wide_sum<F>(logits)};
 }
 
 // Coefficients of a tile, which hold what turns exponentials into probabilities. `r` + `residue` is what the tile's own

@@ -92,6 +92,13 @@ inline F sum_lanes(Vec<F> v) {
   for (int i = 0; i < kLanes<F>; ++i) s += v[i];
   return s;
 }
+// In double: for sums that will be divided by each other, and subtracted.
+template <class F>
+inline double wide_sum(Vec<F> v) {
+  double s = 0;
+  for (int i = 0; i < kLanes<F>; ++i) s += double(v[i]);
+  return s;
+}
 template <class F>
 inline F max_lanes(Vec<F> v) {
   F m = v[0];
