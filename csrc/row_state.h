@@ -80,7 +80,8 @@ struct PairState {
 
 template <class F>
 FASTLOSS_HD inline PairState<F> recentre(const PairState<F>& a, F M, F U, bool of_target) {
-  const F d = a.centre == -INFINITY ? F(0) : a.centre - M, e = a.target_centre == -INFINITY ? F(0) : a.target_centre - U;
+  const F d = a.centre == -INFINITY ? F(0) : a.centre - M,
+          e = a.target_centre == -INFINITY ? F(0) : a.target_centre - U;
   const F k = std::exp(d), target_k = std::exp(e);
   const F weight = of_target ? a.target_sum : a.sum, factor = of_target ? target_k : k, by = of_target ? e - d : d - e;
   const F tilt = factor == 0 || weight == 0 ? F(0) : factor * (a.tilt + by * weight);

@@ -11,8 +11,8 @@ struct Rows {
   Matrix input;
   const int64_t* target = nullptr;  // class indices (N, picks)
   int64_t picks = 1;
-  Matrix probs;   // of all classes (N, V), or of the listed ones (N, picks)
-  Matrix teacher; // target logits (N, V)
+  Matrix probs;    // of all classes (N, V), or of the listed ones (N, picks)
+  Matrix teacher;  // target logits (N, V)
   int64_t ignore_index = -100;
   Vector weight;  // (V,) contiguous
   Spec spec;

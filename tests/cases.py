@@ -237,7 +237,11 @@ CASES = [
     Case("token_weight", lambda *a: {"token_weight": _token_weight(*a)}, ignored=0.2),
     Case("normalizer", lambda *_: {"normalizer": 17.0}, ignored=0.2),
     Case("probabilities", objective=Objective.PROBS),
-    Case("probabilities_weight_smoothing", lambda *a: {"weight": _weight(*a), "label_smoothing": 0.2}, objective=Objective.PROBS),
+    Case(
+        "probabilities_weight_smoothing",
+        lambda *a: {"weight": _weight(*a), "label_smoothing": 0.2},
+        objective=Objective.PROBS,
+    ),
     Case(
         "everything",
         lambda *a: {
@@ -277,7 +281,9 @@ _SQUASHED = {"softcap": 6.0, "logit_scale": 1.3, "z_loss": 1e-3}
 # Of all other losses over a vocabulary.
 LOSS_CASES = [
     _divergence("forward_kl", Objective.FORWARD_KL),
-    _divergence("forward_kl_temperature", Objective.FORWARD_KL, temperature=2.5, token_weight=_token_weight, mask=_mask),
+    _divergence(
+        "forward_kl_temperature", Objective.FORWARD_KL, temperature=2.5, token_weight=_token_weight, mask=_mask
+    ),
     _divergence("forward_kl_squashed", Objective.FORWARD_KL, temperature=0.7, **_SQUASHED),
     _divergence("reverse_kl", Objective.REVERSE_KL, direction="reverse"),
     _divergence("reverse_kl_masked", Objective.REVERSE_KL, direction="reverse", temperature=3.0, mask=_mask),

@@ -85,7 +85,8 @@ inline void pair_gradient_tile(const F* a, const F* b, int64_t n, const PairGrad
   const Vec<F> zero = {};
   for (int64_t i = 0; i < n; i += kLanes<F>) {
     const Vec<F> p = load(a + i), other = load(b + i);
-    store(out + i, g.E == 0 ? epilogue(c, p, zero, zero, other) : epilogue(c, p, p > 0 ? (other + g.r) + g.residue : zero, zero, zero));
+    store(out + i, g.E == 0 ? epilogue(c, p, zero, zero, other)
+                            : epilogue(c, p, p > 0 ? (other + g.r) + g.residue : zero, zero, zero));
   }
 }
 

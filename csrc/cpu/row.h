@@ -162,8 +162,7 @@ class Row {
     const TailStats<double>& s = tail_;
     spread<true>(i, {s.centre, s.log_sum, 0, 0, 0}, scaled(coefficients(spec_, s, g)), to);
     const double A = s.mass + 2 * spec_.z_loss * s.lse;
-    for (const Pick& y : picks_)
-      put(y, g * spec_.logit_scale * (A * std::exp(y.logit - s.lse) - y.weight), to);
+    for (const Pick& y : picks_) put(y, g * spec_.logit_scale * (A * std::exp(y.logit - s.lse) - y.weight), to);
   }
 
   Coefficients<double> scaled(Coefficients<double> c) const {
@@ -212,7 +211,8 @@ class Row {
     const Coefficients<F> cf{F(cs.A + times(cs.E, m - origin)), F(cs.E), F(cs.B), F(cs.C), F(cs.Q)};
     for_tiles<F>(V_, [&](int64_t j, int64_t n, int64_t t) {
       F *work = ws_.row + j, factor = 1;
-      const Operands<F> operands{weights_.at(j), spec_.soft() ? target_probs(i, j, n) : nullptr, m, scale_, cap_, shift_};
+      const Operands<F> operands{weights_.at(j), spec_.soft() ? target_probs(i, j, n) : nullptr, m, scale_, cap_,
+                                 shift_};
       if (Kept && !(cap_ > 0)) {
         const F kt = F(std::exp((ws_.centre[t] - origin) - s.log_sum));
         if (cf.C == 0 && cf.Q == 0)

@@ -1,4 +1,5 @@
-// The kernels of csrc/cpu/rows.h: rows go to threads; what is done with each is row.h's, or with target logits pair.h's.
+// The kernels of csrc/cpu/rows.h: rows go to threads; what is done with each is row.h's, or with target logits
+// pair.h's.
 #include "rows.h"
 
 #include <cmath>
@@ -41,7 +42,8 @@ RowStats<double> evaluate(Row<F>& row, int64_t i, const RowOutputs& out, double*
     return row.stats();
   }
   row.begin(i);
-  const RowStats<double> s = row.finish(row.template reduce<true, false>(i, out.argmax ? out.argmax + i : nullptr), loss);
+  const RowStats<double> s =
+      row.finish(row.template reduce<true, false>(i, out.argmax ? out.argmax + i : nullptr), loss);
   if (out.rank) out.rank[i] = row.rank(i);
   return s;
 }

@@ -141,7 +141,8 @@ def classes_last(input: Tensor, name: str = "input") -> Tensor:
         raise TypeError(f"{name}: expected a Tensor, got {type(input).__name__}")
     if input.dtype not in COMPUTE_DTYPE or input.layout is not torch.strided:
         raise NotImplementedError(
-            f"{name}: expected strided logits in float32, bfloat16, float16 or float64, got {input.dtype} {input.layout}"
+            f"{name}: expected strided logits in float32, bfloat16, float16 or float64, "
+            f"got {input.dtype} {input.layout}"
         )
     if input.dim() == 0:
         raise RuntimeError(f"{name}: expected logits of shape (..., V), got a scalar")
@@ -171,7 +172,7 @@ def as_reduction(
     out_dtype: torch.dtype | None,
     kinds: tuple[str, ...] = ("none", "mean", "sum"),
 ) -> Reduction:
-    """How losses of logits (..., V) become what the caller asked for; targets that the mask leaves out weigh nothing."""
+    """How losses of logits (..., V) become what the caller asked for; rows that the mask leaves out weigh nothing."""
     if reduction not in kinds:
         raise ValueError(f"reduction: expected one of {', '.join(kinds)}, got {reduction!r}")
     shape, dtype = input.shape[:-1], COMPUTE_DTYPE[input.dtype]
@@ -179,7 +180,9 @@ def as_reduction(
     if mask is not None:
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != shape:
             got = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
-            raise ValueError(f"mask: expected a bool Tensor of shape {tuple(shape)}, True where a row counts, got {got}")
+            raise ValueError(
+                f"mask: expected a bool Tensor of shape {tuple(shape)}, True where a row counts, got {got}"
+            )
         counts = mask.reshape(-1)
         weights = counts.to(dtype) if weights is None else torch.where(counts, weights, 0)
     if reduction == "batchmean":

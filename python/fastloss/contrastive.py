@@ -24,8 +24,8 @@ def info_nce(
 ) -> Tensor:
     r"""``F.cross_entropy(normalize(query) @ normalize(key).T / temperature, arange(N))``
 
-    Each query's own key against the keys of the rest of the batch: van den Oord et al. 2018 (arXiv:1807.03748), equation
-    4. With symmetric=True the mean of it and of the keys against the queries, as in CLIP (Radford et al. 2021,
+    Each query's own key against the keys of the rest of the batch: van den Oord et al. 2018 (arXiv:1807.03748),
+    equation 4. With symmetric=True the mean of it and of the keys against the queries, as in CLIP (Radford et al. 2021,
     arXiv:2103.00020, figure 3).
 
     Args:

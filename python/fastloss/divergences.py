@@ -31,7 +31,7 @@ def kl_div_with_logits(
     out_dtype: torch.dtype | None = None,
     inplace: bool = False,
 ) -> Tensor:
-    r"""``F.kl_div(log_softmax(input / T, -1), log_softmax(target_logits / T, -1), log_target=True, reduction="none").sum(-1)``
+    r"""``F.kl_div((input / T).log_softmax(-1), (target_logits / T).log_softmax(-1), log_target=True, ...).sum(-1)``
 
     of each row, KL(q || p) with p = softmax(input / T) and q = softmax(target_logits / T); with direction="reverse"
     KL(p || q). No softmax is materialised, and gradients are finite at any finite logits.
@@ -89,8 +89,8 @@ def js_div_with_logits(
     r"""``beta * KL(q || m) + (1 - beta) * KL(p || m)``, ``m = beta * q + (1 - beta) * p``
 
     of each row, the generalised Jensen-Shannon divergence of Agarwal et al. 2024 (arXiv:2306.13649, section 2), with
-    p = softmax(input / T) and q = softmax(target_logits / T). In the limits, where it vanishes, it is defined as what it
-    tends to over beta or 1 - beta: beta = 0 is the forward KL(q || p), beta = 1 the reverse KL(p || q).
+    p = softmax(input / T) and q = softmax(target_logits / T). In the limits, where it vanishes, it is defined as what
+    it tends to over beta or 1 - beta: beta = 0 is the forward KL(q || p), beta = 1 the reverse KL(p || q).
 
     Args:
         beta: in [0, 1].
@@ -100,7 +100,7 @@ def js_div_with_logits(
     """
     if not isinstance(beta, (int, float)) or not 0 <= beta <= 1:
         raise ValueError(f"beta: expected a number in [0, 1], got {beta!r}")
-    objective = {0: Objective.FORWARD_KL, 1: Objective.REVERSE_KL}.get(beta, Objective.JS)
+    objective = Objective.FORWARD_KL if beta == 0 else Objective.REVERSE_KL if beta == 1 else Objective.JS
     shape = (softcap, logit_scale, z_loss, temperature)
     weights = (token_weight, mask, reduction, normalizer, out_dtype, inplace)
     return _divergence(input, target_logits, objective, float(beta), shape, weights)

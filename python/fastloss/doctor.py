@@ -16,6 +16,7 @@ import torch.nn.functional as F
 import fastloss
 
 from .backends import BACKENDS, cuda, native, refusals, use_backend
+from .spec import Objective
 
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _VARIABLES = ("FASTLOSS_BACKEND", "FASTLOSS_ISA", "THP_MEM_ALLOC_ENABLE", "OMP_NUM_THREADS")
@@ -125,7 +126,7 @@ def self_test() -> list[dict[str, Any]]:
     results = []
     for device in _devices():
         for backend in BACKENDS:
-            if backend.refuses(device, torch.float32, torch.int64) is not None:
+            if backend.refuses(device, torch.float32, torch.int64, Objective.INDEX) is not None:
                 continue
             with use_backend(backend.name):
                 if backend.name == "cpu":

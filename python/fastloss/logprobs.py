@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import arguments, rows
 from .evaluate import needs_reference, row_losses
-from .spec import COMPUTE_DTYPE, Objective, Rows, make_spec
+from .spec import Objective, Rows, make_spec
 
 
 class RowStats(NamedTuple):
@@ -39,8 +39,8 @@ def row_stats(
     ``rank = (z > logit[..., None]).sum(-1)``
 
     of z = softcap * tanh(logit_scale * input / softcap) / temperature, in one pass: the general entrance for any loss
-    that is a function of them. Their gradient takes one more pass, which writes the gradient of `input` and nothing else
-    of its size.
+    that is a function of them. Their gradient takes one more pass, which writes the gradient of `input` and nothing
+    else of its size.
 
     Args:
         input: logits (..., V); float32, bfloat16, float16 or float64, any strides.
@@ -129,7 +129,8 @@ def selective_log_softmax(
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""``(input / temperature).log_softmax(-1).gather(-1, index)``
 
-    without the (..., V) log-probabilities: the log-likelihood of chosen tokens, as RL (GRPO, PPO), DPO and scoring need.
+    without the (..., V) log-probabilities: the log-likelihood of chosen tokens, as RL (GRPO, PPO), DPO and scoring
+    need.
 
     Args:
         input: logits (..., V); float32, bfloat16, float16 or float64, any strides.
@@ -159,7 +160,7 @@ def selective_log_softmax(
         log_prob, entropy = rows.selected(x, y, spec, return_entropy, needs_reference(Rows(x, y, None, spec)))
     else:
         row = row_losses(Rows(x, y.reshape(-1), None, spec), extras=return_entropy)
-        log_prob, entropy = -row.loss if row.log_prob is None else row.log_prob, row.entropy
+        log_prob = -row.loss if row.log_prob is None else row.log_prob
+        entropy = log_prob if row.entropy is None else row.entropy
     log_prob = log_prob.reshape(expected)
-    assert log_prob.dtype == COMPUTE_DTYPE[input.dtype]
-    return (log_prob, entropy.reshape(shape)) if return_entropy and entropy is not None else log_prob
+    return (log_prob, entropy.reshape(shape)) if return_entropy else log_prob

@@ -41,8 +41,8 @@ def pointer_generator_nll(
         attention: (B, T, S) over the source words, non-negative.
         source_ids: (B, S) extended ids, int64, int32 or uint8.
         target: (B, T) extended ids, >= 0, or `ignore_index`.
-        coverage_weight: adds this times sum_s min(attention_ts, sum of attention_t's, t' < t) at each step (equations 10,
-            12 and 13; the paper's lambda, 1).
+        coverage_weight: adds this times sum_s min(attention_ts, sum of attention_t's, t' < t) at each step (equations
+            10, 12 and 13; the paper's lambda, 1).
         eps: added to the probability. A word that is neither in the vocabulary nor in the source has probability zero,
             and an infinite loss, unless it is ignored or eps > 0.
         softcap, logit_scale: of `input`, as in `cross_entropy`.

@@ -17,8 +17,8 @@ def valid_rows(rows: Rows) -> Tensor | None:
 
 
 def reduce_rows(loss: Tensor, rows: Rows, to: Reduction) -> Tensor:
-    """`loss` (N,) is zero where the target is ignored. A mean divides by the summed weights of the rows that count. Zero
-    times infinity is zero: neither an ignored row nor one without weight shows."""
+    """`loss` (N,) is zero where the target is ignored. A mean divides by the summed weights of the rows that count.
+    Zero times infinity is zero: neither an ignored row nor one without weight shows."""
     if to.token_weight is not None:
         nothing = (loss == 0) | (to.token_weight == 0)
         loss = torch.where(nothing, 0, loss * to.token_weight)

@@ -165,7 +165,9 @@ class Selected(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         valid = index != spec.ignore_index
         z = reference.transform(input.gather(1, torch.where(valid, index, 0)), spec)
-        log_prob = ((z - stats[0][:, None]) - stats[1][:, None]).clamp(max=0)  # rounding must not pass a probability of one
+        log_prob = ((z - stats[0][:, None]) - stats[1][:, None]).clamp(
+            max=0
+        )  # rounding must not pass a probability of one
         return torch.where(valid, log_prob, 0), stats[4].clone() if extras else stats.new_empty(0)
 
     @staticmethod
@@ -177,15 +179,15 @@ class Selected(torch.autograd.Function):
             return _formula_grad(outputs, input, list(upstream)), None, None, None
         if chosen is None and entropy is None:
             return None, None, None, None
-        probs = stats.new_zeros(index.shape) if chosen is None else torch.where(index != ctx.spec.ignore_index, -chosen, 0)
+        probs = (
+            stats.new_zeros(index.shape) if chosen is None else torch.where(index != ctx.spec.ignore_index, -chosen, 0)
+        )
         rows = Rows(input, index, None, ctx.spec, probs)
         stats = torch.stack([*stats[:3], probs.sum(1), stats[4]])  # the mass is the probabilities' sum
         return call_row_grad(rows, stats, [stats.new_ones(len(index)), None, None, entropy]), None, None, None
 
 
-def selected(
-    input: Tensor, index: Tensor, spec: Spec, extras: bool, by_formula: bool = False
-) -> tuple[Tensor, Tensor]:
+def selected(input: Tensor, index: Tensor, spec: Spec, extras: bool, by_formula: bool = False) -> tuple[Tensor, Tensor]:
     """Log-probabilities (N, K) of chosen classes and, with `extras`, the entropy (N,); differentiable."""
     return reference.selected(input, index, spec) if by_formula else Selected.apply(input, index, spec, extras)
 

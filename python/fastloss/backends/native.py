@@ -78,7 +78,9 @@ def rows_fields(rows: Rows, threads: int = 1) -> tuple[Any, ...]:
     indices, picks, dense = (target.data_ptr(), 1, probs) if objective.indexed else (0, 0, target)
     if target.dim() == 2 and indices:
         picks = target.shape[1]
-    address, stride, code = (0, 0, 0) if dense is None else (dense.data_ptr(), dense.stride(0), DTYPE_CODES[dense.dtype])
+    address, stride, code = (
+        (0, 0, 0) if dense is None else (dense.data_ptr(), dense.stride(0), DTYPE_CODES[dense.dtype])
+    )
     weights = 0 if weight is None else weight.data_ptr()
     logits = (input.data_ptr(), N, V, input.stride(0), DTYPE_CODES[input.dtype])
     return (*logits, indices, picks, address, stride, code, weights, *spec, threads)
@@ -107,8 +109,8 @@ def row_loss(rows: Rows, extras: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     loss, stats = torch.empty(N, dtype=rows.compute_dtype), torch.empty((5, N), dtype=rows.compute_dtype)
     ranked = extras and rows.spec.objective == Objective.INDEX
     argmax, rank = (torch.empty(N if wanted else 0, dtype=torch.int64) for wanted in (extras, ranked))
-    addresses = (t.data_ptr() if t.numel() else 0 for t in (loss, stats, argmax, rank))
-    _native.row_loss(rows_fields(rows, _num_threads()), *addresses, extras)
+    written = argmax.data_ptr() if extras else 0, rank.data_ptr() if ranked else 0
+    _native.row_loss(rows_fields(rows, _num_threads()), loss.data_ptr(), stats.data_ptr(), *written, extras)
     return loss, stats, argmax, rank
 
 

@@ -171,8 +171,8 @@ def selected(input: Tensor, index: Tensor, spec: Spec) -> tuple[Tensor, Tensor]:
 
 
 def row_loss(rows: Rows, extras: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss (N,), stats (5, N): centre, log_sum, log_prob, mass, entropy; with extras argmax (N,) and the rank (N,) of a
-    class index, the number of larger logits, else empty)."""
+    """(loss (N,), stats (5, N): centre, log_sum, log_prob, mass, entropy; with extras argmax (N,) and the rank (N,) of
+    a class index, the number of larger logits, else empty)."""
     result = row_result(rows)
     z = transform(rows.input, rows.spec)
     top = z.amax(-1) if z.shape[-1] else result.lse
