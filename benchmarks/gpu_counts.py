@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastloss
-from fastloss.backends import cuda, device
-from fastloss.spec import make_spec
+from fastloss.backends import cuda
+from fastloss.backends.native import readable
+from fastloss.spec import Rows, make_spec
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))  # where kernels are executed without a GPU
 
@@ -230,7 +231,7 @@ def _once(engine: str, arch: str, dtype: torch.dtype) -> dict[str, Any]:
     """The kernels that run once a call, over as many rows as a step has: over the few that are counted here one block
     would seem to weigh on each logit."""
     x, y = torch.zeros(MANY, 16, dtype=dtype), torch.zeros(MANY, dtype=torch.int64)
-    rows = device.make_rows(x, y, None, make_spec(ignore_index=-100, label_smoothing=0.0))
+    rows = readable(Rows(x, y, None, make_spec()))
     loss, out = torch.zeros(MANY, dtype=rows.compute_dtype), torch.ones((), dtype=rows.compute_dtype)
     with executed(engine, arch) as log:
         kernels = cuda.kernels() if engine == "cuda" else fastloss.backends.triton.kernels()

@@ -46,6 +46,17 @@ def markdown(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
+def losses() -> list[tuple[str, ...]]:
+    """Every public function whose docstring opens with a torch expression, and that expression."""
+    found = []
+    for name in fastloss.__all__:
+        function = getattr(fastloss, name)
+        doc = inspect.getdoc(function) or ""
+        if inspect.isfunction(function) and doc.startswith("``"):
+            found.append((f"`{name}`", " ".join(doc.split("\n\n")[0].split()).replace("``", "`")))
+    return found
+
+
 def generated() -> str:
     """The part between the markers."""
     table = markdown(
@@ -53,7 +64,8 @@ def generated() -> str:
         arguments(fastloss.cross_entropy, torch.nn.functional.cross_entropy),
     )
     dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in COMPUTE_DTYPE)
-    return "\n\n".join([BEGIN, table, markdown(("backend", f"runs on ({dtypes})"), backends()), END])
+    all_losses = markdown(("function", "is"), losses())
+    return "\n\n".join([BEGIN, all_losses, table, markdown(("backend", f"runs on ({dtypes})"), backends()), END])
 
 
 def update(text: str) -> str:

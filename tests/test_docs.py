@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import fastloss.divergences
+import fastloss.logprobs
 import fastloss.losses
 
 ROOT = Path(__file__).parent.parent
@@ -21,7 +23,7 @@ def test_readme_table_is_up_to_date():
     assert module.update(readme) == readme, "run `make docs`"
 
 
-@pytest.mark.parametrize("module", [fastloss.losses], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("module", [fastloss.losses, fastloss.divergences, fastloss.logprobs], ids=lambda m: m.__name__)
 def test_docstring_examples(module):
     result = doctest.testmod(module, extraglobs={"torch": __import__("torch")})
     assert result.attempted > 0

@@ -16,7 +16,8 @@ from gpu_on_cpu import find_ptxemu
 import fastloss
 from fastloss.backends import device
 from fastloss.backends import triton as backend
-from fastloss.spec import make_spec
+from fastloss.backends.native import readable
+from fastloss.spec import Objective, Rows, make_spec
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942", "gfx950")
 
@@ -59,12 +60,12 @@ def launches(run: Callable[[device.Kernels], None]) -> list[Launch]:
 
 def make_rows(
     N: int, V: int, dtype: torch.dtype, soft: bool = False, weight: bool = False, **spec: Any
-) -> tuple[device.Rows, dict[str, torch.Tensor]]:
+) -> tuple[Rows, dict[str, torch.Tensor]]:
     """Random rows, and memory for what is computed of them."""
     x = torch.randn(N, V).mul(3).to(dtype)
     y = torch.rand(N, V).softmax(1).to(dtype) if soft else torch.randint(V, (N,))
-    spec = {"ignore_index": -100, "label_smoothing": 0.0, **spec}
-    rows = device.make_rows(x, y, torch.rand(V).to(dtype) if weight else None, make_spec(**spec))
+    spec["objective"] = Objective.PROBS if soft else Objective.INDEX
+    rows = readable(Rows(x, y, torch.rand(V).to(dtype) if weight else None, make_spec(**spec)))
     F = rows.compute_dtype
     out = {"loss": torch.empty(N, dtype=F), "stats": torch.empty(device.STATS, N, dtype=F)}
     return rows, {**out, "grad": torch.empty_like(x), "denominator": torch.full((), N, dtype=F)}

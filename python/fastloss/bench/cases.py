@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from .losses import LOSSES
 
 # The alternatives' names, as they stand in the JSON.
 FASTLOSS, FIRST_TOUCH, EAGER, COMPILE, LIGER = "fastloss", "fastloss, first touch", "torch", "torch.compile", "liger"
@@ -76,29 +76,6 @@ class Case:
         return getattr(torch, self.dtype)
 
 
-def softcapped(x: Tensor, target: Tensor, softcap: float, z_loss: float) -> Tensor:
-    """The torch expression of fastloss's softcap and z_loss."""
-    z = softcap * torch.tanh(x / softcap)
-    return F.cross_entropy(z, target) + z_loss * torch.logsumexp(z, -1).square().mean()
-
-
-class Loss(NamedTuple):
-    """torch's expression, and the keyword arguments that both sides get."""
-
-    torch: Callable[..., Tensor]
-    arguments: Callable[[Case], dict[str, Any]]
-    soft: bool = False  # class probabilities as the target
-
-
-LOSSES = {
-    "plain": Loss(F.cross_entropy, lambda case: {}),
-    "label smoothing": Loss(F.cross_entropy, lambda case: {"label_smoothing": 0.1}),
-    "class weights": Loss(F.cross_entropy, lambda case: {"weight": torch.rand(case.V).to(case.torch_dtype())}),
-    "probabilities": Loss(F.cross_entropy, lambda case: {}, soft=True),
-    "softcap + z-loss": Loss(softcapped, lambda case: {"softcap": 30.0, "z_loss": 1e-4}),
-}
-
-
 class Inputs(NamedTuple):
     x: Tensor
     target: Tensor
@@ -111,13 +88,21 @@ def inputs(case: Case, seed: int = 0, device: torch.device | None = None) -> Inp
     loss = LOSSES[case.loss]
     with torch.device(device or "cpu"):
         x = torch.empty(case.N, case.V, dtype=case.torch_dtype()).normal_()
-        target = torch.empty_like(x).normal_().softmax(-1) if loss.soft else torch.randint(0, case.V, (case.N,))
-        return Inputs(x.requires_grad_(case.backward), target, loss.arguments(case))
+        return Inputs(x.requires_grad_(case.backward), loss.target(case), loss.arguments(case))
 
 
 _SHAPES = ((4096, 32000), (1024, 128256), (512, 262144))
 _ACCELERATOR_SHAPES = ((16384, 32000), (8192, 128256), (4096, 262144))
 _OPTIONS = ("label smoothing", "class weights", "probabilities", "softcap + z-loss")
+_OTHERS = {
+    "forward KL": 12,
+    "reverse KL": 12,
+    "JS": 12,
+    "top-k KL": 20,
+    "top-k KL, lumped tail": 20,
+    "log-prob + entropy": 10,
+    "pointer-generator": 8,
+}
 _HUGE_PAGES = (("THP_MEM_ALLOC_ENABLE", "1"),)
 
 
@@ -138,7 +123,13 @@ def cases(quick: bool = False, accelerator: bool = False) -> list[Case]:
     pages = [
         Case("plain", dtype, *_SHAPES[0], True, Target(eager=2.5), _HUGE_PAGES) for dtype in ("float32", "bfloat16")
     ]
-    return [*plain, *options, *pages]
+    others = [
+        Case(loss, dtype, N, V, True, Target(eager=target), compiled=V == 32000)
+        for loss, target in _OTHERS.items()
+        for N, V in ((2048, 32000), (1024, 128256))
+        for dtype in ("float32", "bfloat16")
+    ]
+    return [*plain, *options, *others, *pages]
 
 
 def _accelerator() -> list[Case]:
@@ -148,7 +139,7 @@ def _accelerator() -> list[Case]:
         for dtype in ("bfloat16", "float32")
         for N, V in _ACCELERATOR_SHAPES
     ]
-    return [*plain, *(Case(loss, "bfloat16", 8192, 32000, True) for loss in _OPTIONS)]
+    return [*plain, *(Case(loss, "bfloat16", 8192, 32000, True) for loss in (*_OPTIONS, *_OTHERS))]
 
 
 def _plain_target(dtype: str, backward: bool) -> Target:
@@ -164,6 +155,6 @@ def _quick() -> list[Case]:
         for backward in (True, False)
         for dtype in ("float32", "bfloat16")
     ]
-    options = [Case(loss, "float32", 512, 8000, True, compiled=False) for loss in _OPTIONS]
+    options = [Case(loss, "float32", 512, 8000, True, compiled=False) for loss in (*_OPTIONS, *_OTHERS)]
     pages = Case("plain", "float32", 512, 8000, True, environment=_HUGE_PAGES, compiled=False)
     return [*plain, *options, pages]

@@ -76,7 +76,7 @@ class Result:
 
 def not_enough_memory(case: Case, device: Device) -> str | None:
     """Why the case cannot be measured here: its tensors and torch's copies of them would not fit."""
-    copies = {"softcap + z-loss": 14, "probabilities": 12}.get(case.loss, 9)
+    copies = LOSSES[case.loss].memory
     nbytes = case.N * case.V * case.torch_dtype().itemsize
     needed = nbytes * (copies + device.copies(nbytes) - 1)
     available = device.available_bytes()
@@ -120,7 +120,7 @@ class Race:
 
     def __post_init__(self) -> None:
         first = inputs(self.case, device=self.device.device)
-        read = first.x.nbytes + (first.target.nbytes if LOSSES[self.case.loss].soft else 0)
+        read = first.x.nbytes + (first.target.nbytes if LOSSES[self.case.loss].dense else 0)
         more = [inputs(self.case, seed, self.device.device) for seed in range(1, self.device.copies(read))]
         self.data = Rotation([first, *more])
         self.nbytes = read + (first.x.nbytes if self.case.backward else 0)
@@ -156,7 +156,7 @@ class Race:
         regimes = self.device.regimes(self.case)
         self.labels = {name: regime.label for name, regime in regimes.items()}
         for name, regime in regimes.items():
-            entries[name] = self._step(fastloss.cross_entropy, regime.prepare)
+            entries[name] = self._step(LOSSES[self.case.loss].ours, regime.prepare)
             entries[name].context = regime.context
         self._try(entries, EAGER, lambda: self._step(eager))
         if self.settings.compiled and self.case.compiled:
@@ -208,6 +208,8 @@ class Race:
         return self._step(compiled)
 
     def _liger(self) -> Alternative:
+        if LOSSES[self.case.loss].ours is not fastloss.cross_entropy:
+            raise NotImplementedError("only its cross-entropy is compared")
         from liger_kernel.transformers.functional import liger_cross_entropy
 
         names = {"z_loss": "lse_square_scale"}
@@ -225,7 +227,7 @@ class Race:
             return {FLOOR: Alternative(lambda: read(data.now.x.detach()))}
         out = torch.empty_like(data.now.x.detach())
         fresh = Alternative(lambda: torch.empty_like(out).copy_(data.now.x.detach()), data.forget)
-        if LOSSES[self.case.loss].soft:
+        if LOSSES[self.case.loss].dense:
             self.floor = "torch.add(x, target, out=out)"
             add = Alternative(lambda: torch.add(data.now.x.detach(), data.now.target, out=out), data.forget)
             return {FLOOR: add, FRESH_COPY: fresh}
