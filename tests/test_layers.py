@@ -20,6 +20,7 @@ LAYERS = [
     {"evaluate"},
     {"losses", "divergences", "topk", "logprobs"},
     {"pointer", "contrastive"},
+    {"dense", "embeddings", "adaptive"},
     {"nn"},
     {""},
     {"doctor"},

@@ -25,6 +25,7 @@ from triton_engine import TARGETS, compiled, emulated, launches, make_rows, reso
 import fastloss
 from fastloss.backends import device
 from fastloss.backends import triton as backend
+from fastloss.spec import Objective
 
 pytestmark = [
     pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed: pip install triton"),
@@ -68,11 +69,16 @@ def interpreted() -> Iterator[subprocess.Popen[str]]:
 def test_reasons(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert backend.refuses(cpu, torch.float32, torch.int64) == "runs on cuda and xpu tensors, not on cpu"
-    assert "not torch.int8" in (backend.refuses(cuda, torch.int8, torch.int64) or "")
-    assert backend.refuses(cuda, torch.bfloat16, torch.int64) is None
+    assert (
+        backend.refuses(cpu, torch.float32, torch.int64, Objective.INDEX) == "runs on cuda and xpu tensors, not on cpu"
+    )
+    assert "not torch.int8" in (backend.refuses(cuda, torch.int8, torch.int64, Objective.INDEX) or "")
+    assert backend.refuses(cuda, torch.bfloat16, torch.int64, Objective.INDEX) is None
     monkeypatch.setattr(backend, "find_spec", lambda name: None)
-    assert backend.refuses(cuda, torch.float32, torch.int64) == "triton is not installed: pip install triton"
+    assert (
+        backend.refuses(cuda, torch.float32, torch.int64, Objective.INDEX)
+        == "triton is not installed: pip install triton"
+    )
 
 
 def test_triton_is_imported_when_it_is_needed():

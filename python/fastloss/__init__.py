@@ -4,10 +4,13 @@
 writes their gradient once.
 """
 
+from .adaptive import AdaptiveLoss, UncertaintyWeighting, robust_loss
 from .backends import explain, use_backend
 from .backends.native import empty_cache
 from .contrastive import info_nce
+from .dense import binary_cross_entropy_with_logits, kl_div, l1_loss, mse_loss
 from .divergences import js_div_with_logits, kl_div_with_logits
+from .embeddings import cosine_embedding_loss, cosine_similarity_loss, gaussian_kl, triplet_margin_loss
 from .logprobs import RowStats, row_stats, selective_log_softmax, softmax_entropy
 from .losses import CrossEntropyStats, cross_entropy
 from .nn import CrossEntropyLoss
@@ -17,20 +20,31 @@ from .topk import topk_cross_entropy, topk_kl_div
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaptiveLoss",
     "CrossEntropyLoss",
     "CrossEntropyStats",
     "RowStats",
+    "UncertaintyWeighting",
+    "binary_cross_entropy_with_logits",
+    "cosine_embedding_loss",
+    "cosine_similarity_loss",
     "cross_entropy",
     "empty_cache",
     "explain",
+    "gaussian_kl",
     "info_nce",
     "js_div_with_logits",
+    "kl_div",
     "kl_div_with_logits",
+    "l1_loss",
+    "mse_loss",
     "pointer_generator_nll",
+    "robust_loss",
     "row_stats",
     "selective_log_softmax",
     "softmax_entropy",
     "topk_cross_entropy",
     "topk_kl_div",
+    "triplet_margin_loss",
     "use_backend",
 ]
