@@ -1,0 +1,153 @@
+"""Which label each position of a sequence predicts, and which of them count. Only integers: logits are never copied."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def next_token_labels(
+    labels: Tensor,
+    *,
+    shift: bool = True,
+    ignore_index: int = -100,
+    attention_mask: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    position_ids: Tensor | None = None,
+) -> Tensor:
+    """``torch.nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]``
+
+    the label that each position predicts, `ignore_index` where there is none: after the last token, on padding, and
+    across the border of two documents. ``(next_token_labels(...) != ignore_index).sum()`` is the number of labels that
+    count, the ``num_items_in_batch`` of trainers.
+
+    Args:
+        labels: (..., T), integers: the tokens, or with ``shift=False`` what each position predicts.
+        shift: False where the labels have been shifted already, or belong to their own position.
+        ignore_index: labels of this index do not count.
+        attention_mask: labels' shape, zero on padding, which neither predicts nor is predicted: with padding on the left
+            the first token has nothing to be predicted from.
+        document_ids: labels' shape: documents packed into one sequence; a token of another document than the position
+            before it is not predicted from there.
+        position_ids: labels' shape, the same said by positions that start anew: one that does not grow begins a
+            document.
+
+    Returns:
+        int64, labels' shape.
+
+    Raises:
+        TypeError, RuntimeError, ValueError: as `fastloss.cross_entropy`, naming the argument.
+    """
+    check_integers("labels", labels)
+    if labels.dim() == 0:
+        raise ValueError("labels: expected shape (..., T), got a scalar")
+    labels = labels.long()
+    if attention_mask is not None:
+        padding = same_shape("attention_mask", attention_mask, labels) == 0
+        # Of labels shifted before, the mask knows where they are predicted from, and the last one's own is unknown.
+        labels = labels.masked_fill(padding if shift else padding | pad(padding, (0, 1))[..., 1:], ignore_index)
+    following = pad(labels, (0, 1), value=ignore_index)[..., 1:] if shift else labels
+    if attention_mask is not None and shift:
+        following = following.masked_fill(padding, ignore_index)
+    if document_ids is not None:
+        ids = same_shape("document_ids", document_ids, labels)
+        following = following.masked_fill(_before(ids[..., 1:] != ids[..., :-1]), ignore_index)
+    if position_ids is not None:
+        ids = same_shape("position_ids", position_ids, labels)
+        following = following.masked_fill(_before(ids[..., 1:] <= ids[..., :-1]), ignore_index)
+    return following
+
+
+def masked_positions(labels: Tensor, ignore_index: int = -100) -> Tensor:
+    """``(labels.flatten() != ignore_index).nonzero()[:, 0]``
+
+    the positions that a masked language model has to predict, as indices (M) into the flattened labels: only they need
+    the head. Their number depends on the labels, so on a GPU this waits for them.
+
+    >>> labels = torch.tensor([[-100, 7], [8, -100]])
+    >>> masked_positions(labels)  # logits = head(hidden.flatten(0, 1)[positions])
+    tensor([1, 2])
+    """
+    check_integers("labels", labels)
+    return (labels.reshape(-1) != ignore_index).nonzero().squeeze(1)
+
+
+def sliding_windows(tokens: Tensor, window: int, stride: int, *, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
+    """``tokens.unfold(0, window, stride)``, and the labels of each window that no window before it has.
+
+    A text longer than a model's context, to be evaluated with context for every token: each of its tokens counts once,
+    and those after the first window have at least ``window - stride`` tokens before them in theirs. The last window
+    begins earlier where the text is not long enough for it; a text no longer than `window` is one window.
+
+    Args:
+        tokens: (L), integers.
+        window: tokens that the model sees at once.
+        stride: tokens from one window's start to the next, from 1 to ``window - 1``: each window begins within the last.
+        ignore_index: the label of a token that counted before.
+
+    Returns:
+        Inputs (W, window), and labels (W, window), int64, for ``shift=True``.
+
+    >>> sliding_windows(torch.arange(6), window=4, stride=2)
+    (tensor([[0, 1, 2, 3],
+            [2, 3, 4, 5]]), tensor([[   0,    1,    2,    3],
+            [-100, -100,    4,    5]]))
+    """
+    check_integers("tokens", tokens)
+    if tokens.dim() != 1:
+        raise ValueError(f"tokens: expected shape (L), got {tuple(tokens.shape)}")
+    if window < 2:
+        raise ValueError(f"window: expected at least 2 tokens (one that predicts, one predicted), got {window}")
+    if not 1 <= stride < window:
+        raise ValueError(f"stride: expected 1 <= stride < window ({window}), got {stride}")
+    last = max(len(tokens) - window, 0)
+    starts = torch.arange(0, last + stride, stride, device=tokens.device).clamp(max=last)
+    at = starts[:, None] + torch.arange(min(window, len(tokens)), device=tokens.device)
+    counted = torch.cat([starts.new_zeros(1), starts[:-1] + window])  # up to here other windows have counted
+    inputs = tokens[at]
+    return inputs, inputs.long().masked_fill(at < counted[:, None], ignore_index)
+
+
+def keep(labels: Tensor, *, lengths: Tensor | None, mask: Tensor | None, context: int, ignore_index: int) -> Tensor:
+    """Labels (..., T), those ignored that lie beyond a sequence's length, under a zero of the mask, or within the first
+    `context` tokens."""
+    check_integers("labels", labels)
+    if labels.dim() == 0:
+        raise ValueError("labels: expected shape (..., T), got a scalar")
+    if context < 0:
+        raise ValueError(f"context: expected at least 0 tokens, got {context}")
+    labels = labels.long()
+    at = torch.arange(labels.shape[-1], device=labels.device)
+    if lengths is not None:
+        check_integers("lengths", lengths)
+        if lengths.shape != labels.shape[:-1]:
+            raise ValueError(
+                f"lengths: expected shape {tuple(labels.shape[:-1])} (one per sequence), got {tuple(lengths.shape)}"
+            )
+        labels = labels.masked_fill(at >= lengths[..., None], ignore_index)
+    if mask is not None:
+        labels = labels.masked_fill(same_shape("mask", mask, labels) == 0, ignore_index)
+    return labels.masked_fill(at < context, ignore_index) if context else labels
+
+
+def check_integers(name: str, value: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"argument '{name}' must be Tensor, not {type(value).__name__}")
+    if value.dtype not in _INTEGERS:
+        raise RuntimeError(f"{name}: expected an integer tensor (int64), got {value.dtype}")
+
+
+def same_shape(name: str, value: Tensor, labels: Tensor) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"argument '{name}' must be Tensor, not {type(value).__name__}")
+    if value.shape != labels.shape:
+        raise ValueError(f"{name}: expected the labels' shape {tuple(labels.shape)}, got {tuple(value.shape)}")
+    return value
+
+
+def _before(border: Tensor) -> Tensor:
+    """(..., T - 1), whether a border lies between t and t + 1, as (..., T): nothing follows the last position."""
+    return pad(border, (0, 1), value=False)
