@@ -169,18 +169,18 @@ struct Mixture {
 };
 
 template <class F>
-FASTLOSS_HD inline PairStats<F> log_sums(const PairState<F>& s) {
-  return {s.centre, std::log(s.sum), s.target_centre, std::log(s.target_sum), F(0)};
+FASTLOSS_HD inline PairStats<F> log_sums(const Spec& spec, const PairState<F>& s) {
+  PairStats<F> row{s.centre, std::log(s.sum), s.target_centre, std::log(s.target_sum), F(0)};
+  if (spec.objective == Objective::kForwardKL) row.tilt = quotient(s.tilt, s.target_sum);
+  if (spec.objective == Objective::kReverseKL) row.tilt = quotient(s.tilt, s.sum);
+  return row;
 }
 
 template <class F>
-FASTLOSS_HD inline PairStats<F> finalize(const Spec& spec, const PairState<F>& s, const Mixture<F>& m, F* loss) {
-  PairStats<F> row = log_sums(s);
+FASTLOSS_HD inline PairStats<F> finalize(const Spec& spec, PairStats<F> row, const Mixture<F>& m, F* loss) {
   if (spec.objective == Objective::kForwardKL) {
-    row.tilt = quotient(s.tilt, s.target_sum);
     *loss = (row.tilt - row.target_log_sum) + row.log_sum;
   } else if (spec.objective == Objective::kReverseKL) {
-    row.tilt = quotient(s.tilt, s.sum);
     *loss = (row.tilt - row.log_sum) + row.target_log_sum;
   } else {
     row.tilt = m.logits;

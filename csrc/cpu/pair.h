@@ -27,10 +27,11 @@ class Pair {
   template <bool>
   double loss(int64_t i) {
     const PairState<double> state = reduce(i);
+    stats_ = log_sums(spec_, state);
     Mixture<double> mixture;
-    if (spec_.objective == Objective::kJS) mixture = mix(log_sums(state));
+    if (spec_.objective == Objective::kJS) mixture = mix();
     double value;
-    stats_ = finalize(spec_, state, mixture, &value);
+    stats_ = finalize(spec_, stats_, mixture, &value);
     return value;
   }
 
@@ -112,8 +113,7 @@ class Pair {
     }
   }
 
-  Mixture<double> mix(const PairStats<double>& sums) {
-    stats_ = sums;
+  Mixture<double> mix() {
     Mixture<double> all;
     for_tiles<F>(V_, [&](int64_t j, int64_t n, int64_t t) {
       const Mixture<double> part = mixture_tile<F>(ws_.row + j, ws_.target_row + j, padded<F>(n), probability(t),

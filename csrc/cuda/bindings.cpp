@@ -29,14 +29,24 @@ DType compute_dtype(DType dtype) { return dtype == DType::kFloat64 ? dtype : DTy
 Stream stream(const std::pair<int, uintptr_t>& s) { return {s.first, s.second}; }
 using PyStream = std::pair<int, uintptr_t>;
 
-void row_stats(const py::tuple& rows, uintptr_t states, uintptr_t parts_argmax, uintptr_t loss, uintptr_t stats,
-               uintptr_t argmax, const PyStream& on) {
+// Rows of which nothing is known but what decides how they are cut.
+Rows rows_like(int64_t V, int dtype, int objective, int64_t picks) {
+  Rows rows;
+  rows.input = {nullptr, 0, V, V, DType(dtype)};
+  rows.spec.objective = Objective(objective);
+  rows.picks = picks;
+  return rows;
+}
+
+void row_stats(const py::tuple& rows, uintptr_t states, uintptr_t parts, uintptr_t loss, uintptr_t stats,
+               uintptr_t argmax, uintptr_t rank, const PyStream& on) {
   StatsArgs args;
   args.rows = parse_rows(rows);
   args.loss = reinterpret_cast<void*>(loss);
   args.stats = reinterpret_cast<void*>(stats);
   args.argmax = reinterpret_cast<int64_t*>(argmax);
-  launch_row_stats(args, reinterpret_cast<void*>(states), reinterpret_cast<int32_t*>(parts_argmax), stream(on));
+  args.rank = reinterpret_cast<int64_t*>(rank);
+  launch_row_stats(args, reinterpret_cast<void*>(states), reinterpret_cast<int32_t*>(parts), stream(on));
 }
 
 void row_grad(const py::tuple& rows, uintptr_t stats, const py::tuple& upstream, bool unless_one, uintptr_t grad,
@@ -92,8 +102,12 @@ void rescale(uintptr_t grad, int64_t rows, int64_t cols, int64_t stride, int dty
 
 PYBIND11_MODULE(FASTLOSS_MODULE, m) {
   m.doc() = "fastloss's CUDA kernels; use them through fastloss.backends.cuda.";
-  m.def("slices", [](int64_t V, int dtype) { return states_cut(V, DType(dtype)).slices; });
-  m.def("chip_slices", [](int device, int64_t V, int dtype) { return chip_cut(device, V, DType(dtype)).slices; });
+  m.def("slices", [](int64_t V, int dtype, int objective, int64_t picks) {
+    return states_cut(rows_like(V, dtype, objective, picks)).slices;
+  });
+  m.def("chip_slices", [](int device, int64_t V, int dtype, int objective, int64_t picks) {
+    return chip_cut(device, rows_like(V, dtype, objective, picks)).slices;
+  });
   m.def("row_stats", &row_stats);
   m.def("row_grad", &row_grad);
   m.def("row_loss_grad", &row_loss_grad);

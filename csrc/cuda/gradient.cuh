@@ -22,9 +22,10 @@ struct Gradient {
   F k;            // exponentials times k are probabilities (plain: times A, too)
   F rate, shift;  // Form::kNear, kFolded
   Form form;
-  F target;        // the target's own entry
-  int64_t column;  // of the target, or -1
-  bool zero;       // nothing but zeros
+  F target;                                   // the target's own entry
+  int64_t column;                             // of the target, or -1
+  F listed_A, listed_centre, listed_log_sum;  // of the classes that a target lists
+  bool zero;                                  // nothing but zeros
 };
 
 template <class F>
@@ -48,7 +49,7 @@ FASTLOSS_DEVICE Upstream<F> upstream_of(const Upstreams& u, int64_t row, bool ig
 
 // The class index of a row's target, checked; -1 where there is none.
 FASTLOSS_DEVICE int64_t target_of(const Rows& rows, int64_t row) {
-  if (rows.spec.soft() || rows.ignored(row)) return -1;
+  if (rows.spec.objective != Objective::kIndex || rows.ignored(row)) return -1;
   const int64_t y = rows.target[row];
   FASTLOSS_ASSERT(y >= 0 && y < rows.input.cols, "target: class index out of bounds");
   return y;
@@ -93,27 +94,40 @@ FASTLOSS_DEVICE F bend(F z, F cap) {
   return 1 - ratio * ratio;
 }
 
+// Of all columns but those that a target names.
 template <bool kGeneral, class F>
-FASTLOSS_DEVICE Gradient<F> gradient_of(const Rows& rows, const RowStats<F>& s, const RowTarget<F>& target, int64_t y,
-                                        const Upstream<F>& g) {
+FASTLOSS_DEVICE Gradient<F> spread_of(const Rows& rows, const RowStats<F>& s, const Coefficients<F>& c,
+                                      const Upstream<F>& g) {
   Gradient<F> out;
   out.zero = g.loss == 0 && g.lse == 0 && g.log_prob == 0 && g.entropy == 0;
-  Coefficients<F> c = coefficients(rows.spec, s, target.weight, rows.input.cols, g);
-  if (y < 0) c.B = 0;
-  const F scale = F(rows.spec.logit_scale), cap = F(rows.spec.softcap);
+  const F scale = F(rows.spec.logit_scale);
   out.c = {c.A * scale, c.E * scale, c.B * scale, c.C * scale, c.Q * scale};
   out.centre = s.centre;
   out.k = std::exp(-s.log_sum) * (kGeneral ? F(1) : out.c.A);
   out.form = Form::kFar;
-  out.column = y;
+  out.column = -1;
+  return out;
+}
+
+// The entry of a class that a target names, t above the centre, but for the softcap.
+template <bool kGeneral, class F>
+FASTLOSS_DEVICE F entry_of(const Coefficients<F>& c, F t, F log_sum, F weight) {
+  const F log_p = t - log_sum, p = std::exp(log_p);
   // Where p is nearly one, A p - B cancels and A - B + A (p - 1) does not; where p is small it is the other way round.
-  const F t = (target.logit - s.centre) + target.residue, log_p = t - s.log_sum, p = std::exp(log_p);
-  out.target =
-      p < F(0.5) ? out.c.A * p - out.c.B : (out.c.A - out.c.B) + out.c.A * std::expm1(log_p < 0 ? log_p : log_p * 0);
-  if (kGeneral) {
-    out.target += (p > 0 ? out.c.E * t * p : F(0)) - times(target.weight, out.c.C);
-    if (cap > 0) out.target *= bend(target.logit, cap);
-  }
+  const F dx = p < F(0.5) ? c.A * p - c.B : (c.A - c.B) + c.A * std::expm1(log_p < 0 ? log_p : log_p * 0);
+  return kGeneral ? dx + ((p > 0 ? c.E * t * p : F(0)) - times(weight, c.C)) : dx;
+}
+
+template <bool kGeneral, class F>
+FASTLOSS_DEVICE Gradient<F> gradient_of(const Rows& rows, const RowStats<F>& s, const RowTarget<F>& target, int64_t y,
+                                        const Upstream<F>& g) {
+  Coefficients<F> c = coefficients(rows.spec, s, target.weight, rows.input.cols, g);
+  if (y < 0) c.B = 0;
+  Gradient<F> out = spread_of<kGeneral>(rows, s, c, g);
+  out.column = y;
+  const F cap = F(rows.spec.softcap);
+  out.target = entry_of<kGeneral>(out.c, (target.logit - s.centre) + target.residue, s.log_sum, target.weight);
+  if (kGeneral && cap > 0) out.target *= bend(target.logit, cap);
   return out;
 }
 

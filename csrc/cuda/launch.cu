@@ -80,29 +80,34 @@ int threads_for(int64_t columns, DType dtype) {
   return int(((chunks + each - 1) / each + kWarp - 1) / kWarp * kWarp);
 }
 
-Cut cut_into(int slices, int64_t V, DType dtype) {
-  const int64_t size = size_of(dtype), count = 16 / size;
+int64_t listed_bytes(const Rows& rows) { return listed_bytes(rows, rows.input.dtype == DType::kFloat64 ? 8 : 4); }
+
+Cut cut_into(int slices, const Rows& rows) {
+  const DType dtype = rows.input.dtype;
+  const int64_t V = rows.input.cols, size = size_of(dtype), count = 16 / size;
   Cut cut;
   cut.slices = slices;
   cut.columns = ((V + slices - 1) / slices + count - 1) / count * count;  // whole groups, but for the last
   cut.threads = threads_for(cut.columns, dtype);
-  cut.shared = kernels(dtype).header_bytes + slice_bytes(cut.columns, size);
+  cut.shared = rows.spec.paired() ? kernels(dtype).pair_header_bytes + 2 * slice_bytes(cut.columns, size)
+                                  : kernels(dtype).header_bytes + listed_bytes(rows) + slice_bytes(cut.columns, size);
   return cut;
 }
 
 }  // namespace
 
-Cut states_cut(int64_t V, DType dtype) {
-  const int64_t slices = std::max<int64_t>(1, (V * size_of(dtype) + kSliceBytes - 1) / kSliceBytes);
+Cut states_cut(const Rows& rows) {
+  const int64_t bytes = rows.input.cols * size_of(rows.input.dtype);
+  const int64_t slices = std::max<int64_t>(1, (bytes + kSliceBytes - 1) / kSliceBytes);
   if (slices >= int64_t(1) << 31) throw std::invalid_argument("input: too many classes for one launch");
-  return cut_into(int(slices), V, dtype);
+  return cut_into(int(slices), rows);
 }
 
-Cut chip_cut(int device, int64_t V, DType dtype) {
+Cut chip_cut(int device, const Rows& rows) {
   const int64_t most = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  const bool clusters = code_version(dtype) >= 90;
+  const bool clusters = code_version(rows.input.dtype) >= 90;
   for (int slices = 1; slices <= (clusters ? kMaxCluster : 1); slices *= 2) {
-    const Cut cut = cut_into(slices, V, dtype);
+    const Cut cut = cut_into(slices, rows);
     const bool more = clusters && slices < kMaxCluster;
     if (cut.shared <= (more ? std::min(most, kClusterBytes) : most) && cut.threads <= kMaxThreads) return cut;
   }
@@ -111,34 +116,55 @@ Cut chip_cut(int device, int64_t V, DType dtype) {
   return none;
 }
 
-void launch_row_stats(const StatsArgs& given, void* states, int32_t* argmax, Stream stream) {
+void launch_row_stats(const StatsArgs& given, void* states, int32_t* parts, Stream stream) {
+  constexpr int kThreads = 128;
   StatsArgs args = given;
   const Matrix& x = args.rows.input;
-  args.cut = states_cut(x.cols, x.dtype);
+  const Spec& spec = args.rows.spec;
+  args.cut = states_cut(args.rows);
   args.states = states;
-  args.parts_argmax = argmax;
+  args.parts = parts;
   const Kernels& k = kernels(x.dtype);
-  const StatesArgs parts{args.rows, args.cut, states, argmax};
-  launch(k.row_states[argmax || general(args.rows.spec)], parts, x.rows * args.cut.slices, args.cut.threads,
-         args.cut.shared, stream);
-  constexpr int kThreads = 128;
-  launch(k.row_stats, args, (x.rows + kThreads - 1) / kThreads, kThreads, 0, stream);
+  const StatesArgs slices{args.rows, args.cut, states, parts, args.stats};
+  const auto for_slices = [&](Kernel<StatesArgs> kernel) {
+    launch(kernel, slices, x.rows * args.cut.slices, args.cut.threads, args.cut.shared, stream);
+  };
+  const auto for_rows = [&](Kernel<StatsArgs> kernel) {
+    launch(kernel, args, (x.rows + kThreads - 1) / kThreads, kThreads, 0, stream);
+  };
+  if (spec.listed()) {
+    for_slices(k.row_states[parts || general(spec)]);
+    launch(k.listed_stats, args, x.rows, kThreads, k.header_bytes + listed_bytes(args.rows), stream);
+  } else if (!spec.paired()) {
+    for_slices(k.row_states[parts || general(spec)]);
+    for_rows(k.row_stats);
+  } else {
+    for_slices(k.pair_states);
+    for_rows(k.pair_stats);
+    if (spec.objective != Objective::kJS) return;
+    args.mixed = true;
+    for_slices(k.pair_mixtures);
+    for_rows(k.pair_stats);
+  }
 }
 
 void launch_row_grad(GradArgs args, Stream stream) {
   const Matrix& x = args.rows.input;
-  args.cut = states_cut(x.cols, x.dtype);
+  const Kernels& k = kernels(x.dtype);
+  args.cut = states_cut(args.rows);
+  const int64_t blocks = x.rows * args.cut.slices;
+  if (args.rows.spec.paired()) return launch(k.pair_grad, args, blocks, args.cut.threads, args.cut.shared, stream);
   const bool all = general(args.rows.spec) || args.upstream.entropy.present();
-  launch(kernels(x.dtype).row_grad[all], args, x.rows * args.cut.slices, args.cut.threads,
-         kernels(x.dtype).header_bytes, stream);
+  launch(k.row_grad[all], args, blocks, args.cut.threads, k.header_bytes + listed_bytes(args.rows), stream);
 }
 
 void launch_row_loss_grad(LossGradArgs args, Stream stream) {
   const Matrix& x = args.rows.input;
-  args.cut = chip_cut(stream.device, x.cols, x.dtype);
+  const Kernels& k = kernels(x.dtype);
+  args.cut = chip_cut(stream.device, args.rows);
   if (args.cut.slices == 0) throw std::invalid_argument("input: rows do not fit on chip");
-  launch(kernels(x.dtype).row_loss_grad[general(args.rows.spec)], args, x.rows * args.cut.slices, args.cut.threads,
-         args.cut.shared, stream, args.cut.slices);
+  launch(args.rows.spec.paired() ? k.pair_loss_grad : k.row_loss_grad[general(args.rows.spec)], args,
+         x.rows * args.cut.slices, args.cut.threads, args.cut.shared, stream, args.cut.slices);
 }
 
 void launch_denominator(const DenominatorArgs& args, Stream stream) {

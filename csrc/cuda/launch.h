@@ -14,11 +14,11 @@ struct Stream {
 };
 
 // How a row is cut for the two-kernel path; any length.
-Cut states_cut(int64_t V, DType dtype);
+Cut states_cut(const Rows& rows);
 // How a row is cut so that it stays on chip between its state and its gradient; 0 slices: it does not fit.
-Cut chip_cut(int device, int64_t V, DType dtype);
+Cut chip_cut(int device, const Rows& rows);
 
-void launch_row_stats(const StatsArgs& args, void* states, int32_t* argmax, Stream stream);
+void launch_row_stats(const StatsArgs& args, void* states, int32_t* parts, Stream stream);
 void launch_row_grad(GradArgs args, Stream stream);
 void launch_row_loss_grad(LossGradArgs args, Stream stream);
 void launch_denominator(const DenominatorArgs& args, Stream stream);

@@ -18,9 +18,11 @@ struct Columns {
   const F* weight = nullptr;
   F smooth = 0, sharp = 1;  // eps / V, 1 - eps
   F cap = 0;
-  F inner = 0;        // softcap: z = cap tanh(inner x)
-  F scale = 1;        // z = scale u, u the softcapped logit, which has scale 1
-  int64_t begin = 0;  // the slice's first column
+  F inner = 0;         // softcap: z = cap tanh(inner x)
+  F scale = 1;         // z = scale u, u the softcapped logit, which has scale 1
+  int64_t begin = 0;   // the slice's first column
+  F rival = INFINITY;  // logits above it are counted
+  bool hides = false;  // a logit of -inf is not there, whatever the softcap would make of it
 
   FASTLOSS_DEVICE Columns(const Rows& rows, int64_t row, int64_t begin) : begin(begin) {
     const Spec& spec = rows.spec;
@@ -33,10 +35,11 @@ struct Columns {
     smooth = quotient(F(spec.label_smoothing), F(rows.input.cols));
     sharp = 1 - F(spec.label_smoothing);
     weight = static_cast<const F*>(rows.weight.data);
+    hides = spec.objective == Objective::kTopKTail;
     if (spec.soft()) probs = rows.probs.row(row), probs_dtype = rows.probs.dtype;
   }
 
-  FASTLOSS_DEVICE F bent(F x) const { return cap > 0 ? cap * std::tanh(x * inner) : x; }
+  FASTLOSS_DEVICE F bent(F x) const { return cap > 0 && !(hides && x == -INFINITY) ? cap * std::tanh(x * inner) : x; }
   FASTLOSS_DEVICE F class_weight(int j) const { return weight ? weight[begin + j] : F(1); }
   // q' of class j: its probability, smoothed and weighted.
   FASTLOSS_DEVICE F probability(int j) const {
@@ -70,6 +73,13 @@ struct FarCentre {
   }
 };
 
+// What threads and blocks say of their columns: the state, the column of its maximum, how many exceed the rival.
+template <class F>
+struct Part {
+  RowState<F> state;
+  int argmax = INT32_MAX, above = 0;
+};
+
 // The sums of one thread that plain cross-entropy needs. The centre is finite from the start, so that no difference of
 // infinities makes a NaN.
 template <class E>
@@ -99,7 +109,7 @@ struct PlainSums {
     s.sum = sum;
     return s;
   }
-  FASTLOSS_DEVICE int argmax() const { return INT32_MAX; }
+  FASTLOSS_DEVICE Part<F> part() const { return {state()}; }
 
  private:
   template <int kChunks, class Exp>
@@ -121,20 +131,21 @@ struct AllSums {
   static constexpr int K = E::kCount;
   RowState<F> sums;
   F best = -INFINITY;
-  int where = INT32_MAX;
+  int where = INT32_MAX, above = 0;
   bool plain;
 
   FASTLOSS_DEVICE explicit AllSums(const Columns<F>& columns) : plain(columns.probs || columns.smooth > 0) {}
 
-  FASTLOSS_DEVICE RowState<F> state() const { return sums; }
-  FASTLOSS_DEVICE int argmax() const { return where; }
+  FASTLOSS_DEVICE Part<F> part() const { return {sums, where, above}; }
 
   // A group whose first column is `first`.
   FASTLOSS_DEVICE void add(const typename E::Chunk& c, int first, int count, const Columns<F>& columns) {
     F u[K], M = sums.centre;
     E::unpack(c, u);
     for (int i = 0; i < K; ++i) {
-      u[i] = first + i < count ? columns.bent(u[i]) : -INFINITY;
+      const bool here = first + i < count;
+      above += here && u[i] > columns.rival;
+      u[i] = here ? columns.bent(u[i]) : -INFINITY;
       if (u[i] > best) best = u[i], where = first + i;
       M = larger(M, product(u[i], columns.scale));
     }
@@ -150,13 +161,6 @@ struct AllSums {
       sums.mass += w;
     }
   }
-};
-
-// What one block says of its slice: the state, and the column of its maximum.
-template <class F>
-struct Part {
-  RowState<F> state;
-  int argmax = INT32_MAX;
 };
 
 template <class T>
@@ -178,6 +182,7 @@ FASTLOSS_DEVICE Part<F> join_lanes(const Part<F>& part) {
   all.state.moment = sum_lanes(s.moment);
   all.state.plain = sum_lanes(s.plain);
   all.state.mass = sum_lanes(s.mass);
+  all.above = sum_lanes(part.above);
   all.argmax = part.state.centre == M ? part.argmax : INT32_MAX;
   for (int d = kWarp / 2; d; d /= 2) {
     const int other = __shfl_xor_sync(kAllLanes, all.argmax, d);
@@ -249,12 +254,18 @@ FASTLOSS_DEVICE Part<F> sum_up(const Slice<E>& slice, const Columns<F>& columns)
       sums.add(c, columns);
     }
   }
-  return {sums.state(), sums.argmax()};
+  return sums.part();
 }
 
+template <class F>
+struct Listed;
+
+// `hidden`: classes that do not count.
 template <bool kGeneral, class E, class F = typename E::Compute>
-FASTLOSS_DEVICE Part<F> reduce(const Slice<E>& slice, const Columns<F>& columns, Board<F>& board) {
+FASTLOSS_DEVICE Part<F> reduce(const Slice<E>& slice, const Columns<F>& columns, Board<F>& board,
+                               const Listed<F>* hidden = nullptr) {
   slice.load();
+  if (hidden) hidden->hide(slice, columns.begin);
   const Part<F> part =
       slice.lead == 0 ? sum_up<kGeneral, true>(slice, columns) : sum_up<kGeneral, false>(slice, columns);
   return join_warps<kGeneral>(part, board);

@@ -1,6 +1,8 @@
 // The kernels, for the element type FASTLOSS_ELEMENT. A row is read from memory once; with a gradient to write, it
 // stays in shared memory between its state and its gradient.
 #include "gradient.cuh"
+#include "listed.cuh"
+#include "pair_kernels.cuh"
 #include "rows.h"
 
 namespace fastloss {
@@ -16,65 +18,102 @@ struct Header {
 };
 constexpr int64_t kHeaderBytes = (sizeof(Header) + 15) / 16 * 16;
 
-// Which row and which of its slices a block works on.
-struct Place {
-  int64_t row, begin, end;
-  int slice;
-  FASTLOSS_DEVICE Place(const Cut& cut, const Rows& rows)
-      : row(blockIdx.x / unsigned(cut.slices)), slice(int(blockIdx.x % unsigned(cut.slices))) {
-    begin = slice * cut.columns;
-    end = begin + cut.columns < rows.input.cols ? begin + cut.columns : rows.input.cols;
-  }
-};
-
 FASTLOSS_DEVICE Header& header() { return *reinterpret_cast<Header*>(shared_memory()); }
+FASTLOSS_DEVICE Listed<F> listed_of(const Rows& rows) { return Listed<F>(rows, shared_memory() + kHeaderBytes); }
 FASTLOSS_DEVICE Slice<E> slice_of(const Rows& rows, const Place& at) {
-  return Slice<E>(rows.input.row(at.row), at.begin, at.end, shared_memory() + kHeaderBytes);
+  return Slice<E>(rows.input.row(at.row), at.begin, at.end,
+                  shared_memory() + kHeaderBytes + listed_bytes(rows, sizeof(F)));
+}
+
+// Tells the block how its slice's gradient is computed. Warp 0.
+template <bool kGeneral>
+FASTLOSS_DEVICE void say_gradient(const Rows& rows, const Listed<F>& listed, const RowStats<F>& s,
+                                  const RowTarget<F>& target, int64_t y, const Upstream<F>& g, F scale) {
+  Gradient<F> out =
+      listed.count ? gradient_of<kGeneral>(rows, listed, s, g) : gradient_of<kGeneral>(rows, s, target, y, g);
+  if (!kGeneral) choose_form(out, scale, sizeof(E::Storage) == 2);
+  if (lane_id() == 0) header().gradient = out;
 }
 
 // What slices of rows contribute to their rows' states.
 template <bool kGeneral>
 __global__ void __launch_bounds__(kMaxThreads, 1) row_states(const StatesArgs a) {
   const Place at(a.cut, a.rows);
-  const bool skip = !a.argmax && a.rows.ignored(at.row);  // nobody will ask for it
-  if (skip) return;
+  const bool ignored = a.rows.ignored(at.row);
+  if (ignored && !a.parts) return;  // nobody will ask for it
   const Slice<E> slice = slice_of(a.rows, at);
-  const Columns<F> columns(a.rows, at.row, at.begin);
-  const Part<F> part = reduce<kGeneral>(slice, columns, header().board);
+  Columns<F> columns(a.rows, at.row, at.begin);
+  if (kGeneral && a.parts && a.rows.spec.objective == Objective::kIndex && !ignored)
+    columns.rival = element<F>(a.rows.input.row(at.row), a.rows.input.dtype, target_of(a.rows, at.row));
+  const Listed<F> listed = listed_of(a.rows);
+  const bool tail = a.rows.spec.objective == Objective::kTopKTail;
+  if (tail) listed.fill(a.rows, at.row, columns, at.begin, at.end);
+  const Part<F> part = reduce<kGeneral>(slice, columns, header().board, tail ? &listed : nullptr);
   if (threadIdx.x > 0) return;
   const RowState<F>& s = part.state;
   F* out = static_cast<F*>(a.states) + int64_t(blockIdx.x) * kStates;
   out[0] = s.centre, out[1] = s.sum, out[2] = s.moment, out[3] = s.plain, out[4] = s.mass;
-  if (a.argmax) a.argmax[blockIdx.x] = part.argmax;
+  if (a.parts) a.parts[blockIdx.x] = part.argmax, a.parts[gridDim.x + blockIdx.x] = part.above;
+}
+
+// A row's state from its slices', always in the same order.
+FASTLOSS_DEVICE RowState<F> merged(const StatsArgs& a, int64_t row, int64_t* argmax, int64_t* above) {
+  RowState<F> state;
+  *argmax = *above = 0;
+  const int64_t slices = a.cut.slices;
+  for (int64_t at = row * slices, k = 0; k < slices; ++k, ++at) {
+    const F* p = static_cast<const F*>(a.states) + at * kStates;
+    const RowState<F> part{p[0], p[1], p[2], p[3], p[4]};
+    if (a.parts) {
+      if (part.centre > state.centre) *argmax = k * a.cut.columns + a.parts[at];
+      *above += a.parts[a.rows.input.rows * slices + at];
+    }
+    state = merge(state, part);
+  }
+  return state;
+}
+
+FASTLOSS_DEVICE void write_stats(const StatsArgs& a, int64_t row, RowStats<F> s, F loss, int64_t argmax,
+                                 int64_t above) {
+  if (a.rows.ignored(row)) s.log_prob = s.mass = loss = 0, above = 0;
+  const F fields[kStats] = {s.centre, s.log_sum, s.log_prob, s.mass, s.entropy};
+  for (int k = 0; k < kStats; ++k) static_cast<F*>(a.stats)[k * a.rows.input.rows + row] = fields[k];
+  static_cast<F*>(a.loss)[row] = loss;
+  if (a.argmax) a.argmax[row] = argmax;
+  if (a.rank) a.rank[row] = above;
 }
 
 // From the states of its slices to a row's statistics and loss; a thread for each row.
 __global__ void __launch_bounds__(kMaxThreads, 1) row_stats(const StatsArgs a) {
-  const int64_t row = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, N = a.rows.input.rows;
-  if (row >= N) return;
-  const bool ignored = a.rows.ignored(row);
+  const int64_t row = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (row >= a.rows.input.rows) return;
   F value = 0;
   RowStats<F> s{0, 0, 0, 0, 0};
-  int64_t argmax = 0;
-  if (!ignored || a.argmax) {
-    RowState<F> state;
-    for (int k = 0; k < a.cut.slices; ++k) {
-      const int64_t at = row * a.cut.slices + k;
-      const F* p = static_cast<const F*>(a.states) + at * kStates;
-      const RowState<F> part{p[0], p[1], p[2], p[3], p[4]};
-      if (a.argmax && part.centre > state.centre) argmax = k * a.cut.columns + a.parts_argmax[at];
-      state = merge(state, part);
-    }
+  int64_t argmax = 0, above = 0;
+  if (!a.rows.ignored(row) || a.argmax) {
+    const RowState<F> state = merged(a, row, &argmax, &above);
     const Columns<F> columns(a.rows, row, 0);
     const RowTarget<F> target = row_target(a.rows, row, target_of(a.rows, row), columns, state);
     s = finalize(a.rows.spec, state, target, a.rows.input.cols, &value);
     balance(s, state.sum);
   }
-  if (ignored) s.log_prob = s.mass = value = 0;
-  const F fields[kStats] = {s.centre, s.log_sum, s.log_prob, s.mass, s.entropy};
-  for (int k = 0; k < kStats; ++k) static_cast<F*>(a.stats)[k * N + row] = fields[k];
-  static_cast<F*>(a.loss)[row] = value;
-  if (a.argmax) a.argmax[row] = argmax;
+  write_stats(a, row, s, value, argmax, above);
+}
+
+// The same where a target lists classes; a block for each row.
+__global__ void __launch_bounds__(kMaxThreads, 1) listed_stats(const StatsArgs a) {
+  const int64_t row = blockIdx.x;
+  const Columns<F> columns(a.rows, row, 0);
+  const Listed<F> listed = listed_of(a.rows);
+  listed.fill(a.rows, row, columns, 0, a.rows.input.cols);
+  __syncthreads();
+  if (warp_id() > 0) return;
+  F value = 0;
+  RowStats<F> s{0, 0, 0, 0, 0};
+  int64_t argmax = 0, above = 0;
+  if (!a.rows.ignored(row) || a.argmax)
+    s = finish_listed(a.rows, listed, merged(a, row, &argmax, &above), columns.scale, &value);
+  if (lane_id() == 0) write_stats(a, row, s, value, argmax, above);
 }
 
 // The gradient from the statistics.
@@ -85,22 +124,27 @@ __global__ void __launch_bounds__(kMaxThreads, 1) row_grad(const GradArgs a) {
   const Slice<E> slice = slice_of(a.rows, at);
   const Columns<F> columns(a.rows, at.row, at.begin);
   Gradient<F>& gradient = header().gradient;
-  if (threadIdx.x == 0) {
+  const Listed<F> listed = listed_of(a.rows);
+  if (listed.count) {
+    listed.fill(a.rows, at.row, columns, at.begin, at.end);
+    __syncthreads();
+  }
+  if (warp_id() == 0) {
     const int64_t N = a.rows.input.rows, y = target_of(a.rows, at.row);
     const F* p = static_cast<const F*>(a.stats) + at.row;
     const RowStats<F> s{p[0], p[N], p[2 * N], p[3 * N], p[4 * N]};
     const Upstream<F> g = upstream_of<F>(a.upstream, at.row, a.rows.ignored(at.row));
     const bool mine = y >= at.begin && y < at.end;  // another block may have overwritten it already
     const RowTarget<F> target = row_target(a.rows, at.row, mine ? y : -1, columns, RowState<F>{});
-    gradient = gradient_of<kGeneral>(a.rows, s, target, mine ? y : -1, g);
-    if (!kGeneral) choose_form(gradient, columns.scale, sizeof(E::Storage) == 2);
+    say_gradient<kGeneral>(a.rows, listed, s, target, mine ? y : -1, g, columns.scale);
   }
   __syncthreads();
   const Destination<E> to(slice, a.grad, at.row, at.begin);
-  if (gradient.zero)
-    write_zeros(slice, to);
-  else
-    write_gradient<kGeneral, Source::kGlobal>(slice, to, gradient, columns);
+  if (gradient.zero) return write_zeros(slice, to);
+  write_gradient<kGeneral, Source::kGlobal>(slice, to, gradient, columns);
+  if (!listed.count) return;
+  __syncthreads();
+  write_listed<kGeneral>(listed, to, gradient, a.rows, columns);
 }
 
 // Loss and gradient while the row is on chip: in one block's shared memory, or in that of a cluster's blocks.
@@ -117,24 +161,36 @@ __global__ void __launch_bounds__(kMaxThreads, 1) row_loss_grad(const LossGradAr
   }
   const int64_t y = target_of(a.rows, at.row);
   const Columns<F> columns(a.rows, at.row, at.begin);
+  const Listed<F> listed = listed_of(a.rows);
+  if (listed.count)
+    listed.fill(a.rows, at.row, columns, 0, a.rows.input.cols);  // its barrier: in hide() or in join_warps()
+  const bool tail = a.rows.spec.objective == Objective::kTopKTail;
   Board<F>& board = header().board;
-  const Part<F> part = join_blocks<kGeneral>(reduce<kGeneral>(slice, columns, board), board, a.cut.slices);
+  const Part<F> mine = reduce<kGeneral>(slice, columns, board, tail ? &listed : nullptr);
+  const Part<F> part = join_blocks<kGeneral>(mine, board, a.cut.slices);
+  if (listed.count) __syncthreads();
   Gradient<F>& gradient = header().gradient;
-  if (threadIdx.x == 0) {
-    const RowTarget<F> target = row_target(a.rows, at.row, y, columns, part.state);
+  if (warp_id() == 0) {
     F value;
-    RowStats<F> s = finalize(a.rows.spec, part.state, target, a.rows.input.cols, &value);
-    balance(s, part.state.sum);
-    if (at.slice == 0) *loss = value;
-    gradient = gradient_of<kGeneral>(a.rows, s, target, y, upstream_of<F>(a.upstream, at.row, false));
-    if (!kGeneral) choose_form(gradient, columns.scale, sizeof(E::Storage) == 2);
+    RowStats<F> s;
+    RowTarget<F> target;
+    if (listed.count) {
+      s = finish_listed(a.rows, listed, part.state, columns.scale, &value);
+    } else {
+      target = row_target(a.rows, at.row, y, columns, part.state);
+      s = finalize(a.rows.spec, part.state, target, a.rows.input.cols, &value);
+      balance(s, part.state.sum);
+    }
+    if (at.slice == 0 && threadIdx.x == 0) *loss = value;
+    say_gradient<kGeneral>(a.rows, listed, s, target, y, upstream_of<F>(a.upstream, at.row, false), columns.scale);
   }
   __syncthreads();
   if (a.cut.slices > 1) cluster_sync();  // all have read the target and each other's parts
-  if (gradient.zero)
-    write_zeros(slice, to);
-  else
-    write_gradient<kGeneral, Source::kShared>(slice, to, gradient, columns);
+  if (gradient.zero) return write_zeros(slice, to);
+  write_gradient<kGeneral, Source::kShared>(slice, to, gradient, columns);
+  if (!listed.count) return;
+  __syncthreads();
+  write_listed<kGeneral>(listed, to, gradient, a.rows, columns);
 }
 
 // A block's sum of f(i), i < n, in a fixed order; thread 0 knows it.
@@ -163,7 +219,10 @@ __global__ void __launch_bounds__(1024) denominator(const DenominatorArgs a) {
 // The reduced loss. One block.
 __global__ void __launch_bounds__(1024) total(const TotalArgs a) {
   const F* loss = static_cast<const F*>(a.loss);
-  F sum = sum_block(a.N, [&](int64_t i) { return times(loss[i], a.token_weight.at(i, F(1))); });
+  F sum = sum_block(a.N, [&](int64_t i) {  // a row of no weight may hold anything
+    const F w = a.token_weight.at(i, F(1));
+    return w == 0 ? F(0) : times(loss[i], w);
+  });
   if (threadIdx.x > 0) return;
   if (a.denominator) sum = quotient(sum, scalar<F>(a.denominator));
   switch (a.out_dtype) {
@@ -201,12 +260,19 @@ __global__ void __launch_bounds__(kMaxThreads, 1) rescale(const RescaleArgs a) {
 const Kernels& FASTLOSS_KERNELS() {
   static const Kernels kernels{{row_states<false>, row_states<true>},
                                row_stats,
+                               listed_stats,
                                {row_grad<false>, row_grad<true>},
                                {row_loss_grad<false>, row_loss_grad<true>},
+                               pair_states<E>,
+                               pair_mixtures<E>,
+                               pair_stats<E>,
+                               pair_grad<E>,
+                               pair_loss_grad<E>,
                                denominator,
                                total,
                                rescale,
                                kHeaderBytes,
+                               kPairHeaderBytes<F>,
                                kChunksPerThread<E>};
   return kernels;
 }

@@ -35,18 +35,21 @@ constexpr int kMaxThreads = 512;
 struct StatesArgs {
   Rows rows;
   Cut cut;
-  void* states = nullptr;     // (N, slices, kStates)
-  int32_t* argmax = nullptr;  // (N, slices), or null
+  void* states = nullptr;       // (N, slices, kStates)
+  int32_t* parts = nullptr;     // (2, N, slices): argmax, and how many exceed the target; or null
+  const void* stats = nullptr;  // of a second round
 };
 
 struct StatsArgs {
   Rows rows;
   Cut cut;
   const void* states = nullptr;
-  const int32_t* parts_argmax = nullptr;
+  const int32_t* parts = nullptr;
   void* loss = nullptr;       // (N,)
   void* stats = nullptr;      // (kStats, N)
   int64_t* argmax = nullptr;  // (N,), or null: no extras
+  int64_t* rank = nullptr;    // (N,), or null
+  bool mixed = false;         // the second round
 };
 
 struct GradArgs {
@@ -88,16 +91,22 @@ struct RescaleArgs {
 template <class Args>
 using Kernel = void (*)(Args);
 
-// The kernels of one element type. `general`: softcap, smoothing, class probabilities, entropy, argmax.
+// The kernels of one element type. `general`: softcap, smoothing, class probabilities, entropy, argmax. A target of
+// several classes has statistics of its own; target logits have kernels of their own.
 struct Kernels {
   Kernel<StatesArgs> row_states[2];  // [general]
-  Kernel<StatsArgs> row_stats;
+  Kernel<StatsArgs> row_stats, listed_stats;
   Kernel<GradArgs> row_grad[2];
   Kernel<LossGradArgs> row_loss_grad[2];
+  Kernel<StatesArgs> pair_states, pair_mixtures;
+  Kernel<StatsArgs> pair_stats;
+  Kernel<GradArgs> pair_grad;
+  Kernel<LossGradArgs> pair_loss_grad;
   Kernel<DenominatorArgs> denominator;
   Kernel<TotalArgs> total;
   Kernel<RescaleArgs> rescale;
-  int64_t header_bytes;       // of shared memory, before the slice
+  int64_t header_bytes;  // of shared memory, before the slice
+  int64_t pair_header_bytes;
   int64_t chunks_per_thread;  // at most, of sixteen bytes
 };
 

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "elements.cuh"
+#include "rows.h"
 
 namespace fastloss {
 inline namespace FASTLOSS_ISA {
@@ -19,6 +20,22 @@ constexpr int kChunksPerThread = kStages * kBatch<E>;
 
 // The bytes of shared memory that a slice of `columns` needs: every chunk it touches, and one of padding.
 constexpr int64_t slice_bytes(int64_t columns, int64_t size) { return ((columns * size + 15) / 16 + 2) * 16; }
+
+// The bytes that a target's listed classes take before it (listed.cuh); `size`: of the compute type.
+FASTLOSS_HD inline int64_t listed_bytes(const Rows& rows, int64_t size) {
+  return rows.spec.listed() ? (rows.picks * (8 + 2 * size) + 15) / 16 * 16 : 0;
+}
+
+// Which row and which of its slices a block works on.
+struct Place {
+  int64_t row, begin, end;
+  int slice;
+  FASTLOSS_DEVICE Place(const Cut& cut, const Rows& rows)
+      : row(blockIdx.x / unsigned(cut.slices)), slice(int(blockIdx.x % unsigned(cut.slices))) {
+    begin = slice * cut.columns;
+    end = begin + cut.columns < rows.input.cols ? begin + cut.columns : rows.input.cols;
+  }
+};
 
 template <class E>
 struct Slice {
@@ -104,6 +121,17 @@ struct Slice {
     if (kAligned) return fastloss::load(staged() + g);
     const int byte = lead * int(sizeof(T)) + g * 16;
     return E::shifted(reinterpret_cast<const uint32_t*>(stage + (byte & ~3)), byte % 4 * 8);
+  }
+
+  // K elements from any column on, likewise; before the first there is nothing.
+  FASTLOSS_DEVICE Chunk elements(int column) const {
+    const int byte = (lead + column) * int(sizeof(T));
+    if (column >= 0 && byte % 16 == 0) return fastloss::load(staged() + byte / 16);
+    if (column >= 0) return E::shifted(reinterpret_cast<const uint32_t*>(stage + (byte & ~3)), byte % 4 * 8);
+    typename E::Compute v[K];
+    for (int i = 0; i < K; ++i)
+      v[i] = column + i >= 0 ? E::get(reinterpret_cast<const T*>(stage)[lead + column + i]) : -INFINITY;
+    return E::pack(v);
   }
 
   // A chunk at an end of the slice, read element by element; minus infinity outside.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..spec import Objective, Rows
-from .device import STATE_FIELDS, Kernels, Upstream, lacks_kernels
+from .device import STATE_FIELDS, Kernels, Upstream
 from .native import DTYPE_CODES, rows_fields
 
 
@@ -35,8 +35,6 @@ def refuses(device: torch.device, dtype: torch.dtype, target_dtype: torch.dtype,
         return f"runs on {built.device_type} tensors, not on {device.type}"
     if dtype not in DTYPE_CODES:
         return f"takes float32, bfloat16, float16 or float64, not {dtype}"
-    if reason := lacks_kernels(objective):
-        return reason
     if torch.version.hip is not None:
         return "this torch is built for ROCm"
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -76,22 +74,28 @@ def _upstream_fields(upstream: Upstream) -> tuple[Any, ...]:
     return (number, *vectors, _address(token_weight), _address(denominator))
 
 
-def _on_chip(input: Tensor, general: bool) -> bool:
-    return _chip_slices(_built(), input.device, input.shape[1], DTYPE_CODES[input.dtype]) > 0
+def _cut(rows: Rows) -> tuple[int, int, int, int]:
+    """What decides how rows are cut into blocks."""
+    picks = rows.target.shape[1] if rows.probs is not None else 1
+    return rows.input.shape[1], DTYPE_CODES[rows.input.dtype], int(rows.spec.objective), picks
+
+
+def _on_chip(rows: Rows) -> bool:
+    return _chip_slices(_built(), rows.input.device, *_cut(rows)) > 0
 
 
 @lru_cache
-def _chip_slices(built: Any, device: torch.device, V: int, dtype: int) -> int:
+def _chip_slices(built: Any, device: torch.device, *cut: int) -> int:
     with _on(device):
-        return built.chip_slices(device.index or 0, V, dtype)
+        return built.chip_slices(device.index or 0, *cut)
 
 
-def _row_stats(rows: Rows, loss: Tensor, stats: Tensor, argmax: Tensor | None, extras: bool) -> None:
+def _row_stats(rows: Rows, loss: Tensor, stats: Tensor, argmax: Tensor | None, rank: Tensor | None) -> None:
     x, built = rows.input, _built()
-    slices = built.slices(x.shape[1], DTYPE_CODES[x.dtype])
-    states = x.new_empty((x.shape[0], slices, STATE_FIELDS), dtype=rows.compute_dtype)
-    parts = x.new_empty((x.shape[0], slices), dtype=torch.int32) if extras else None
-    addresses = (_address(t) for t in (states, parts, loss, stats, argmax))
+    N, slices = x.shape[0], built.slices(*_cut(rows))
+    states = x.new_empty((N, slices, STATE_FIELDS), dtype=rows.compute_dtype)
+    parts = None if argmax is None else x.new_empty((2, N, slices), dtype=torch.int32)
+    addresses = (_address(t) for t in (states, parts, loss, stats, argmax, rank))
     _launch(built.row_stats, x, rows_fields(rows), *addresses)
 
 

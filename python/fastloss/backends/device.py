@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from ..spec import COMPUTE_DTYPE, Objective, Reduction, Rows
-from . import reference
 from .native import readable
 
 STATE_FIELDS = 5  # csrc/row_state.h: centre, sum, moment, plain, mass
-STATS = 5  # centre, log_sum, log_prob, mass, entropy
+STATS = 5  # centre, log_sum, log_prob, mass, entropy; of other objectives what their kernels put there
 
 
 class Upstream(NamedTuple):
@@ -37,10 +36,10 @@ class Upstream(NamedTuple):
 class Kernels(NamedTuple):
     """What a backend launches. Outputs are allocated by the caller; every row is written."""
 
-    # (input, whether anything but the maximum and the sum of exponentials is wanted): can a row stay on chip?
-    on_chip: Callable[[Tensor, bool], bool]
-    # (rows, loss (N,), stats (STATS, N), argmax (N,) or None, extras)
-    row_stats: Callable[[Rows, Tensor, Tensor, Tensor | None, bool], None]
+    # can a row stay on chip?
+    on_chip: Callable[[Rows], bool]
+    # (rows, loss (N,), stats (STATS, N), argmax (N,) and rank (N,) or None); with argmax all of stats
+    row_stats: Callable[[Rows, Tensor, Tensor, Tensor | None, Tensor | None], None]
     # (rows, stats, upstream, grad (N, V), unless_one): with `unless_one` nothing is written if upstream.loss is one
     row_grad: Callable[[Rows, Tensor, Upstream, Tensor, bool], None]
     # (rows, upstream, loss (N,), grad (N, V), unless_one): each row's gradient while the row is on chip
@@ -53,47 +52,51 @@ class Kernels(NamedTuple):
     rescale: Callable[[Tensor, Tensor], None]
 
 
-def lacks_kernels(objective: Objective) -> str | None:
-    """Why no GPU backend computes such rows; None if they do."""
-    if objective in (Objective.INDEX, Objective.PROBS):
-        return None
-    return f"has no kernel for {objective.name.lower()}"
-
-
-def _general(rows: Rows) -> bool:
-    """Whether the rows need more than the maximum and the sum of exponentials, and more than A p in the gradient."""
-    return rows.spec.objective == Objective.PROBS or rows.spec.softcap > 0 or rows.spec.label_smoothing > 0
+def _same_dtype(rows: Rows) -> Rows:
+    """Logits and target logits are read alike: the narrower ones are copied where they are not of one dtype."""
+    if not rows.spec.objective.paired or rows.target.dtype == rows.input.dtype:
+        return readable(rows)
+    dtype = torch.promote_types(rows.input.dtype, rows.target.dtype)
+    return readable(rows._replace(input=rows.input.to(dtype), target=rows.target.to(dtype)))
 
 
 def _empty_grad(input: Tensor) -> Tensor:
     return torch.empty_like(input) if input.is_contiguous() else input.new_empty(input.shape)
 
 
-def _stats(kernels: Kernels, rows: Rows, extras: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _stats(kernels: Kernels, rows: Rows, extras: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     N = rows.input.shape[0]
+    ranked = extras and rows.spec.objective == Objective.INDEX
     loss = rows.input.new_empty(N, dtype=rows.compute_dtype)
     stats = rows.input.new_empty((STATS, N), dtype=rows.compute_dtype)
-    argmax = rows.input.new_empty(N if extras else 0, dtype=torch.int64)
+    argmax, rank = (rows.input.new_empty(N if wanted else 0, dtype=torch.int64) for wanted in (extras, ranked))
     if N:
-        kernels.row_stats(rows, loss, stats, argmax if extras else None, extras)
-    return loss, stats, argmax
+        kernels.row_stats(rows, loss, stats, argmax if extras else None, rank if ranked else None)
+    return loss, stats, argmax, rank
 
 
 def row_loss(kernels: Kernels, rows: Rows, extras: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See reference.row_loss."""
-    rank = reference.rank(rows) if extras else rows.input.new_empty(0, dtype=torch.int64)
-    return *_stats(kernels, readable(rows), extras), rank
+    return _stats(kernels, _same_dtype(rows), extras)
 
 
 def row_grad(
     kernels: Kernels, rows: Rows, stats: Tensor, upstream: list[Tensor | None], out: Tensor | None = None
 ) -> Tensor:
     """See reference.row_grad."""
-    grad = _empty_grad(rows.input) if out is None else out
+    wide = _same_dtype(rows)
+    grad = _empty_grad(wide.input) if out is None or out.dtype != wide.input.dtype else out
     loss, *others = (None if g is None else g.to(stats.dtype) for g in upstream)
     if grad.numel():
-        kernels.row_grad(readable(rows), stats, Upstream(0.0 if loss is None else loss, *others), grad, False)
-    return grad
+        kernels.row_grad(wide, stats, Upstream(0.0 if loss is None else loss, *others), grad, False)
+    return _narrowed(grad, rows.input.dtype, out)
+
+
+def _narrowed(grad: Tensor, dtype: torch.dtype, out: Tensor | None) -> Tensor:
+    """The gradient as the caller wants it, where the kernels wrote it in a wider dtype."""
+    if grad.dtype == dtype:
+        return grad
+    return grad.to(dtype) if out is None else out.copy_(grad)
 
 
 def row_loss_grad(
@@ -108,33 +111,33 @@ def row_loss_grad(
     """The reduced loss; its gradient, `upstream` times; and, where the rows did not stay on chip, their statistics, to
     be given back with another upstream. With a tensor upstream and an `out` that holds the gradient for an upstream of
     one, the device decides whether there is anything left to do, and the loss is not computed again."""
-    input, rows = rows.input, readable(rows)
-    N = input.shape[0]
+    given, rows = rows.input, _same_dtype(rows)
+    N = given.shape[0]
     token_weight = None if to.token_weight is None else to.token_weight.contiguous()
     denominator = to.normalizer
     if denominator is None and to.kind == "mean":
-        denominator = input.new_empty((), dtype=rows.compute_dtype)
+        denominator = given.new_empty((), dtype=rows.compute_dtype)
         kernels.denominator(rows, token_weight, denominator)
-    grad, again = out, isinstance(upstream, Tensor)
-    if need_grad and grad is None:
-        grad = _empty_grad(input)
+    grad, again, wider = out, isinstance(upstream, Tensor), rows.input.dtype != given.dtype
+    if need_grad and (grad is None or wider):
+        grad = _empty_grad(rows.input if wider else given)
     if isinstance(upstream, Tensor):
         upstream = upstream.to(rows.compute_dtype).expand(N)
     factors = Upstream(upstream, token_weight=token_weight, denominator=denominator)
-    unless_one = again and out is not None
+    unless_one = again and out is not None and not wider
     loss = None
-    if grad is not None and input.numel() and kernels.on_chip(rows.input, _general(rows)):
-        loss = input.new_empty(N, dtype=rows.compute_dtype)
+    if grad is not None and given.numel() and kernels.on_chip(rows):
+        loss = given.new_empty(N, dtype=rows.compute_dtype)
         kernels.row_loss_grad(rows, factors, loss, grad, unless_one)
     else:
         if stats is None:
-            loss, stats, _ = _stats(kernels, rows, False)
-        if grad is not None and input.numel():
+            loss, stats, *_ = _stats(kernels, rows, False)
+        if grad is not None and given.numel():
             kernels.row_grad(rows, stats, factors, grad, unless_one)
-    total = input.new_empty((), dtype=to.dtype if to.dtype in COMPUTE_DTYPE else rows.compute_dtype)
+    total = given.new_empty((), dtype=to.dtype if to.dtype in COMPUTE_DTYPE else rows.compute_dtype)
     if loss is not None and not again:
         kernels.total(loss, token_weight, denominator, total)
-    return total.to(to.dtype), grad, stats
+    return total.to(to.dtype), None if grad is None else _narrowed(grad, given.dtype, out), stats
 
 
 def rescale(kernels: Kernels, grad: Tensor, upstream: Tensor) -> Tensor:

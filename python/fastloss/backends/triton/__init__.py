@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import torch
 
 from ...spec import COMPUTE_DTYPE, Objective
-from ..device import Kernels, lacks_kernels
+from ..device import Kernels
 
 # Where Triton's kernels run. Who executes them elsewhere, as the tests do, adds a device type.
 device_types = {"cuda", "xpu"}

@@ -1,0 +1,202 @@
+// Rows of logits beside rows of target logits: the sums of a slice of both, and its gradient. Both are read once into
+// shared memory; a mixture's divergences (JS) take a second round over it, which knows the sums of all.
+#pragma once
+
+#include "gradient.cuh"
+
+namespace fastloss {
+inline namespace FASTLOSS_ISA {
+
+// A slice of either row.
+template <class E>
+struct PairSlices {
+  using Chunk = typename E::Chunk;
+  Slice<E> x, u;
+
+  FASTLOSS_DEVICE PairSlices(const Rows& rows, const Place& at, const Cut& cut, unsigned char* memory)
+      : x(rows.input.row(at.row), at.begin, at.end, memory),
+        u(rows.teacher.row(at.row), at.begin, at.end, memory + slice_bytes(cut.columns, sizeof(typename E::Storage))) {}
+
+  FASTLOSS_DEVICE void load() const {
+    x.load();
+    u.load();
+    if (threadIdx.x == 0) u.staged()[u.chunks()] = nothing<E>();  // the logits' chunks may reach beyond its last
+    copy_async_wait<0>();
+    __syncthreads();
+  }
+
+  // fn(chunk of logits, of target logits, the first's column) over this thread's groups.
+  template <class Fn>
+  FASTLOSS_DEVICE void for_groups(Fn&& fn) const {
+#pragma unroll 1
+    for (int g = int(threadIdx.x); g < x.groups(); g += int(blockDim.x))
+      fn(x.elements(g * E::kCount), u.elements(g * E::kCount), g * E::kCount);
+  }
+};
+
+// What every column of a row needs: both rows' scales, and once they are known their centres and sums.
+template <class F>
+struct PairColumns {
+  Columns<F> logits;
+  Objective objective;
+  F target_scale, beta;
+  F centre = 0, k = 0, target_centre = 0, target_k = 0;  // probabilities are k e^(z - centre)
+
+  FASTLOSS_DEVICE PairColumns(const Rows& rows, const Place& at)
+      : logits(rows, at.row, at.begin),
+        objective(rows.spec.objective),
+        target_scale(F(rows.spec.target_scale)),
+        beta(F(rows.spec.beta)) {}
+
+  FASTLOSS_DEVICE bool of_target() const { return objective == Objective::kForwardKL; }
+  FASTLOSS_DEVICE void know(const PairStats<F>& s) {
+    centre = s.centre, k = std::exp(-s.log_sum);
+    target_centre = s.target_centre, target_k = std::exp(-s.target_log_sum);
+  }
+  FASTLOSS_DEVICE F difference_of(F z) const { return difference(z, logits.scale, centre); }
+  FASTLOSS_DEVICE F target_difference_of(F u) const { return difference(u, target_scale, target_centre); }
+};
+
+// The state of one thread's columns.
+template <class E, class F = typename E::Compute>
+FASTLOSS_DEVICE PairState<F> sum_up(const PairSlices<E>& slices, const PairColumns<F>& columns) {
+  PairState<F> s;
+  slices.for_groups([&](const typename E::Chunk& in, const typename E::Chunk& target, int first) {
+    constexpr int K = E::kCount;
+    F z[K], u[K], M = s.centre, U = s.target_centre;
+    E::unpack(in, z);
+    E::unpack(target, u);
+    for (int i = 0; i < K; ++i) {
+      const bool here = first + i < slices.x.count;
+      z[i] = here ? columns.logits.bent(z[i]) : -INFINITY;
+      u[i] = here ? u[i] : -INFINITY;
+      M = larger(M, product(z[i], columns.logits.scale));
+      U = larger(U, product(u[i], columns.target_scale));
+    }
+    s = recentre(s, M, U, columns.of_target());
+    const F at = M == -INFINITY ? F(0) : M, target_at = U == -INFINITY ? F(0) : U;
+    for (int i = 0; i < K; ++i) {
+      const F a = difference(z[i], columns.logits.scale, at), e = exponential(a);
+      const F b = difference(u[i], columns.target_scale, target_at), f = exponential(b);
+      s.sum += e;
+      s.target_sum += f;
+      if (columns.of_target())
+        s.tilt += f > 0 ? f * (b - a) : F(0);
+      else
+        s.tilt += e > 0 ? e * (a - b) : F(0);
+    }
+  });
+  return s;
+}
+
+// p log(p / m), by a logarithm that is near zero where p and m are alike.
+template <class F>
+FASTLOSS_DEVICE F against(F p, F m) {
+  const F ratio = quotient(m, p), most = -Limits<F>::kLowest / 4;
+  return p > 0 ? -p * F(std::log(ratio < most ? ratio : most)) : F(0);
+}
+
+template <class E, class F = typename E::Compute>
+FASTLOSS_DEVICE Mixture<F> mix(const PairSlices<E>& slices, const PairColumns<F>& columns) {
+  Mixture<F> sums;
+  slices.for_groups([&](const typename E::Chunk& in, const typename E::Chunk& target, int first) {
+    F x[E::kCount], u[E::kCount];
+    E::unpack(in, x);
+    E::unpack(target, u);
+    for (int i = 0; i < E::kCount && first + i < slices.x.count; ++i) {
+      const F p = columns.k * exponential(columns.difference_of(columns.logits.bent(x[i])));
+      const F q = columns.target_k * exponential(columns.target_difference_of(u[i]));
+      const F m = columns.beta * q + (1 - columns.beta) * p;
+      sums.logits += against(p, m);
+      sums.target += against(q, m);
+    }
+  });
+  return sums;
+}
+
+template <class F>
+FASTLOSS_DEVICE F gradient_of(F x, F u, const Coefficients<F>& c, const PairColumns<F>& columns) {
+  const F z = columns.logits.bent(x), a = columns.difference_of(z), p = columns.k * exponential(a);
+  const F b = columns.target_difference_of(u), q = columns.target_k * exponential(b);
+  F dx;
+  if (columns.objective == Objective::kReverseKL)
+    dx = epilogue(c, p, p > 0 ? a - b : F(0), F(0), F(0));
+  else if (columns.of_target())
+    dx = epilogue(c, p, F(0), F(0), q);
+  else
+    dx = epilogue(c, p, F(0), F(0), against(p, columns.beta * q + (1 - columns.beta) * p));
+  return columns.logits.cap > 0 ? dx * bend(z, columns.logits.cap) : dx;
+}
+
+// The gradient of a slice, from both rows in shared memory.
+template <class E, class F = typename E::Compute>
+FASTLOSS_DEVICE void write_gradient(const PairSlices<E>& slices, const Destination<E>& to, const Coefficients<F>& c,
+                                    const PairColumns<F>& columns) {
+  for_chunks<Source::kShared, 1>(slices.x, to, [&](const typename E::Chunk& in, int column) {
+    F x[E::kCount], u[E::kCount];
+    E::unpack(in, x);
+    E::unpack(slices.u.elements(column), u);
+    for (int i = 0; i < E::kCount; ++i) {
+      const int j = column + i;
+      x[i] = j >= 0 && j < slices.x.count ? gradient_of(x[i], u[i], c, columns) : F(0);
+    }
+    return E::pack(x);
+  });
+}
+
+// ---- one out of many ------------------------------------------------------------------------------------------------
+
+template <class F>
+FASTLOSS_DEVICE PairState<F> of_lane(const PairState<F>& s, int d) {
+  const auto there = [=](F v) { return __shfl_xor_sync(kAllLanes, v, d); };
+  return {there(s.centre), there(s.sum), there(s.target_centre), there(s.target_sum), there(s.tilt)};
+}
+template <class F>
+FASTLOSS_DEVICE Mixture<F> of_lane(const Mixture<F>& m, int d) {
+  return {__shfl_xor_sync(kAllLanes, m.target, d), __shfl_xor_sync(kAllLanes, m.logits, d)};
+}
+
+// In shared memory.
+template <class T>
+struct Meeting {
+  T warps[kWarp];
+  T block, all;
+};
+
+// A block's or a cluster's values merged; every thread knows the result. No block may end before all have read:
+// cluster_sync().
+template <class T, class Merge>
+FASTLOSS_DEVICE T meet(T v, Meeting<T>& at, int blocks, Merge&& merge) {
+  const auto join = [&](T mine) {
+    for (int d = kWarp / 2; d; d /= 2) mine = merge(mine, of_lane(mine, d));
+    return mine;
+  };
+  v = join(v);
+  if (lane_id() == 0) at.warps[warp_id()] = v;
+  __syncthreads();
+  if (warp_id() == 0) {
+    v = join(lane_id() < int(blockDim.x) / kWarp ? at.warps[lane_id()] : T{});
+    if (lane_id() == 0) at.block = v;
+  }
+  if (blocks > 1) {
+    cluster_sync();
+    if (warp_id() == 0) v = join(lane_id() < blocks ? *cluster_map(&at.block, unsigned(lane_id())) : T{});
+  }
+  if (threadIdx.x == 0) at.all = v;
+  __syncthreads();
+  return at.all;
+}
+
+template <class F>
+FASTLOSS_DEVICE PairState<F> meet(const PairState<F>& s, Meeting<PairState<F>>& at, int blocks, bool of_target) {
+  return meet(s, at, blocks, [=](const PairState<F>& a, const PairState<F>& b) { return merge(a, b, of_target); });
+}
+template <class F>
+FASTLOSS_DEVICE Mixture<F> meet(const Mixture<F>& m, Meeting<Mixture<F>>& at, int blocks) {
+  return meet(m, at, blocks, [](const Mixture<F>& a, const Mixture<F>& b) -> Mixture<F> {
+    return {a.target + b.target, a.logits + b.logits};
+  });
+}
+
+}  // namespace FASTLOSS_ISA
+}  // namespace fastloss
