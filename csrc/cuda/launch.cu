@@ -43,7 +43,7 @@ const Kernels& kernels(DType dtype) {
 // The architecture that the kernels' code on the current device was written for: PTX of an older one knows no clusters.
 int code_version(DType dtype) {
   cudaFuncAttributes found = {};
-  check(cudaFuncGetAttributes(&found, kernels(dtype).row_loss_grad[0]), "looking for the kernels' code");
+  check(cudaFuncGetAttributes(&found, kernels(dtype).row_loss_grad[0][0]), "looking for the kernels' code");
   return found.ptxVersion;
 }
 
@@ -133,10 +133,10 @@ void launch_row_stats(const StatsArgs& given, void* states, int32_t* parts, Stre
     launch(kernel, args, (x.rows + kThreads - 1) / kThreads, kThreads, 0, stream);
   };
   if (spec.listed()) {
-    for_slices(k.row_states[parts || general(spec)]);
+    for_slices(k.row_states[1][parts || general(spec)]);
     launch(k.listed_stats, args, x.rows, kThreads, k.header_bytes + listed_bytes(args.rows), stream);
   } else if (!spec.paired()) {
-    for_slices(k.row_states[parts || general(spec)]);
+    for_slices(k.row_states[0][parts || general(spec)]);
     for_rows(k.row_stats);
   } else {
     for_slices(k.pair_states);
@@ -155,7 +155,8 @@ void launch_row_grad(GradArgs args, Stream stream) {
   const int64_t blocks = x.rows * args.cut.slices;
   if (args.rows.spec.paired()) return launch(k.pair_grad, args, blocks, args.cut.threads, args.cut.shared, stream);
   const bool all = general(args.rows.spec) || args.upstream.entropy.present();
-  launch(k.row_grad[all], args, blocks, args.cut.threads, k.header_bytes + listed_bytes(args.rows), stream);
+  launch(k.row_grad[args.rows.spec.listed()][all], args, blocks, args.cut.threads,
+         k.header_bytes + listed_bytes(args.rows), stream);
 }
 
 void launch_row_loss_grad(LossGradArgs args, Stream stream) {
@@ -163,8 +164,8 @@ void launch_row_loss_grad(LossGradArgs args, Stream stream) {
   const Kernels& k = kernels(x.dtype);
   args.cut = chip_cut(stream.device, args.rows);
   if (args.cut.slices == 0) throw std::invalid_argument("input: rows do not fit on chip");
-  launch(args.rows.spec.paired() ? k.pair_loss_grad : k.row_loss_grad[general(args.rows.spec)], args,
-         x.rows * args.cut.slices, args.cut.threads, args.cut.shared, stream, args.cut.slices);
+  launch(args.rows.spec.paired() ? k.pair_loss_grad : k.row_loss_grad[args.rows.spec.listed()][general(args.rows.spec)],
+         args, x.rows * args.cut.slices, args.cut.threads, args.cut.shared, stream, args.cut.slices);
 }
 
 void launch_denominator(const DenominatorArgs& args, Stream stream) {

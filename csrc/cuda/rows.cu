@@ -26,17 +26,16 @@ FASTLOSS_DEVICE Slice<E> slice_of(const Rows& rows, const Place& at) {
 }
 
 // Tells the block how its slice's gradient is computed. Warp 0.
-template <bool kGeneral>
+template <bool kListed, bool kGeneral>
 FASTLOSS_DEVICE void say_gradient(const Rows& rows, const Listed<F>& listed, const RowStats<F>& s,
                                   const RowTarget<F>& target, int64_t y, const Upstream<F>& g, F scale) {
-  Gradient<F> out =
-      listed.count ? gradient_of<kGeneral>(rows, listed, s, g) : gradient_of<kGeneral>(rows, s, target, y, g);
+  Gradient<F> out = kListed ? gradient_of<kGeneral>(rows, listed, s, g) : gradient_of<kGeneral>(rows, s, target, y, g);
   if (!kGeneral) choose_form(out, scale, sizeof(E::Storage) == 2);
   if (lane_id() == 0) header().gradient = out;
 }
 
 // What slices of rows contribute to their rows' states.
-template <bool kGeneral>
+template <bool kListed, bool kGeneral>
 __global__ void __launch_bounds__(kMaxThreads, 1) row_states(const StatesArgs a) {
   const Place at(a.cut, a.rows);
   const bool ignored = a.rows.ignored(at.row);
@@ -46,7 +45,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) row_states(const StatesArgs a)
   if (kGeneral && a.parts && a.rows.spec.objective == Objective::kIndex && !ignored)
     columns.rival = element<F>(a.rows.input.row(at.row), a.rows.input.dtype, target_of(a.rows, at.row));
   const Listed<F> listed = listed_of(a.rows);
-  const bool tail = a.rows.spec.objective == Objective::kTopKTail;
+  const bool tail = kListed && a.rows.spec.objective == Objective::kTopKTail;
   if (tail) listed.fill(a.rows, at.row, columns, at.begin, at.end);
   const Part<F> part = reduce<kGeneral>(slice, columns, header().board, tail ? &listed : nullptr);
   if (threadIdx.x > 0) return;
@@ -117,7 +116,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) listed_stats(const StatsArgs a
 }
 
 // The gradient from the statistics.
-template <bool kGeneral>
+template <bool kListed, bool kGeneral>
 __global__ void __launch_bounds__(kMaxThreads, 1) row_grad(const GradArgs a) {
   if (nothing_to_do<F>(a.upstream)) return;
   const Place at(a.cut, a.rows);
@@ -125,30 +124,30 @@ __global__ void __launch_bounds__(kMaxThreads, 1) row_grad(const GradArgs a) {
   const Columns<F> columns(a.rows, at.row, at.begin);
   Gradient<F>& gradient = header().gradient;
   const Listed<F> listed = listed_of(a.rows);
-  if (listed.count) {
+  if (kListed) {
     listed.fill(a.rows, at.row, columns, at.begin, at.end);
     __syncthreads();
   }
-  if (warp_id() == 0) {
+  if (kListed ? warp_id() == 0 : threadIdx.x == 0) {
     const int64_t N = a.rows.input.rows, y = target_of(a.rows, at.row);
     const F* p = static_cast<const F*>(a.stats) + at.row;
     const RowStats<F> s{p[0], p[N], p[2 * N], p[3 * N], p[4 * N]};
     const Upstream<F> g = upstream_of<F>(a.upstream, at.row, a.rows.ignored(at.row));
     const bool mine = y >= at.begin && y < at.end;  // another block may have overwritten it already
     const RowTarget<F> target = row_target(a.rows, at.row, mine ? y : -1, columns, RowState<F>{});
-    say_gradient<kGeneral>(a.rows, listed, s, target, mine ? y : -1, g, columns.scale);
+    say_gradient<kListed, kGeneral>(a.rows, listed, s, target, mine ? y : -1, g, columns.scale);
   }
   __syncthreads();
   const Destination<E> to(slice, a.grad, at.row, at.begin);
   if (gradient.zero) return write_zeros(slice, to);
   write_gradient<kGeneral, Source::kGlobal>(slice, to, gradient, columns);
-  if (!listed.count) return;
+  if (!kListed) return;
   __syncthreads();
   write_listed<kGeneral>(listed, to, gradient, a.rows, columns);
 }
 
 // Loss and gradient while the row is on chip: in one block's shared memory, or in that of a cluster's blocks.
-template <bool kGeneral>
+template <bool kListed, bool kGeneral>
 __global__ void __launch_bounds__(kMaxThreads, 1) row_loss_grad(const LossGradArgs a) {
   if (nothing_to_do<F>(a.upstream)) return;
   const Place at(a.cut, a.rows);
@@ -164,17 +163,17 @@ __global__ void __launch_bounds__(kMaxThreads, 1) row_loss_grad(const LossGradAr
   const Listed<F> listed = listed_of(a.rows);
   if (listed.count)
     listed.fill(a.rows, at.row, columns, 0, a.rows.input.cols);  // its barrier: in hide() or in join_warps()
-  const bool tail = a.rows.spec.objective == Objective::kTopKTail;
+  const bool tail = kListed && a.rows.spec.objective == Objective::kTopKTail;
   Board<F>& board = header().board;
   const Part<F> mine = reduce<kGeneral>(slice, columns, board, tail ? &listed : nullptr);
   const Part<F> part = join_blocks<kGeneral>(mine, board, a.cut.slices);
-  if (listed.count) __syncthreads();
+  if (kListed) __syncthreads();
   Gradient<F>& gradient = header().gradient;
-  if (warp_id() == 0) {
+  if (kListed ? warp_id() == 0 : threadIdx.x == 0) {
     F value;
     RowStats<F> s;
     RowTarget<F> target;
-    if (listed.count) {
+    if (kListed) {
       s = finish_listed(a.rows, listed, part.state, columns.scale, &value);
     } else {
       target = row_target(a.rows, at.row, y, columns, part.state);
@@ -182,13 +181,14 @@ __global__ void __launch_bounds__(kMaxThreads, 1) row_loss_grad(const LossGradAr
       balance(s, part.state.sum);
     }
     if (at.slice == 0 && threadIdx.x == 0) *loss = value;
-    say_gradient<kGeneral>(a.rows, listed, s, target, y, upstream_of<F>(a.upstream, at.row, false), columns.scale);
+    say_gradient<kListed, kGeneral>(a.rows, listed, s, target, y, upstream_of<F>(a.upstream, at.row, false),
+                                    columns.scale);
   }
   __syncthreads();
   if (a.cut.slices > 1) cluster_sync();  // all have read the target and each other's parts
   if (gradient.zero) return write_zeros(slice, to);
   write_gradient<kGeneral, Source::kShared>(slice, to, gradient, columns);
-  if (!listed.count) return;
+  if (!kListed) return;
   __syncthreads();
   write_listed<kGeneral>(listed, to, gradient, a.rows, columns);
 }
@@ -258,22 +258,24 @@ __global__ void __launch_bounds__(kMaxThreads, 1) rescale(const RescaleArgs a) {
 }  // namespace FASTLOSS_ISA
 
 const Kernels& FASTLOSS_KERNELS() {
-  static const Kernels kernels{{row_states<false>, row_states<true>},
-                               row_stats,
-                               listed_stats,
-                               {row_grad<false>, row_grad<true>},
-                               {row_loss_grad<false>, row_loss_grad<true>},
-                               pair_states<E>,
-                               pair_mixtures<E>,
-                               pair_stats<E>,
-                               pair_grad<E>,
-                               pair_loss_grad<E>,
-                               denominator,
-                               total,
-                               rescale,
-                               kHeaderBytes,
-                               kPairHeaderBytes<F>,
-                               kChunksPerThread<E>};
+  static const Kernels kernels{
+      {{row_states<false, false>, row_states<false, true>}, {row_states<true, false>, row_states<true, true>}},
+      row_stats,
+      listed_stats,
+      {{row_grad<false, false>, row_grad<false, true>}, {row_grad<true, false>, row_grad<true, true>}},
+      {{row_loss_grad<false, false>, row_loss_grad<false, true>},
+       {row_loss_grad<true, false>, row_loss_grad<true, true>}},
+      pair_states<E>,
+      pair_mixtures<E>,
+      pair_stats<E>,
+      pair_grad<E>,
+      pair_loss_grad<E>,
+      denominator,
+      total,
+      rescale,
+      kHeaderBytes,
+      kPairHeaderBytes<F>,
+      kChunksPerThread<E>};
   return kernels;
 }
 

@@ -94,10 +94,10 @@ using Kernel = void (*)(Args);
 // The kernels of one element type. `general`: softcap, smoothing, class probabilities, entropy, argmax. A target of
 // several classes has statistics of its own; target logits have kernels of their own.
 struct Kernels {
-  Kernel<StatesArgs> row_states[2];  // [general]
+  Kernel<StatesArgs> row_states[2][2];  // [listed][general]
   Kernel<StatsArgs> row_stats, listed_stats;
-  Kernel<GradArgs> row_grad[2];
-  Kernel<LossGradArgs> row_loss_grad[2];
+  Kernel<GradArgs> row_grad[2][2];
+  Kernel<LossGradArgs> row_loss_grad[2][2];
   Kernel<StatesArgs> pair_states, pair_mixtures;
   Kernel<StatsArgs> pair_stats;
   Kernel<GradArgs> pair_grad;

@@ -19,7 +19,9 @@ template <class E>
 constexpr int kChunksPerThread = kStages * kBatch<E>;
 
 // The bytes of shared memory that a slice of `columns` needs: every chunk it touches, and one of padding.
-constexpr int64_t slice_bytes(int64_t columns, int64_t size) { return ((columns * size + 15) / 16 + 2) * 16; }
+FASTLOSS_HD constexpr int64_t slice_bytes(int64_t columns, int64_t size) {
+  return ((columns * size + 15) / 16 + 2) * 16;
+}
 
 // The bytes that a target's listed classes take before it (listed.cuh); `size`: of the compute type.
 FASTLOSS_HD inline int64_t listed_bytes(const Rows& rows, int64_t size) {
