@@ -19,10 +19,13 @@ struct Header {
 constexpr int64_t kHeaderBytes = (sizeof(Header) + 15) / 16 * 16;
 
 FASTLOSS_DEVICE Header& header() { return *reinterpret_cast<Header*>(shared_memory()); }
-FASTLOSS_DEVICE Listed<F> listed_of(const Rows& rows) { return Listed<F>(rows, shared_memory() + kHeaderBytes); }
 FASTLOSS_DEVICE Slice<E> slice_of(const Rows& rows, const Place& at) {
-  return Slice<E>(rows.input.row(at.row), at.begin, at.end,
-                  shared_memory() + kHeaderBytes + listed_bytes(rows, sizeof(F)));
+  return Slice<E>(rows.input.row(at.row), at.begin, at.end, shared_memory() + kHeaderBytes);
+}
+// After the slice, if there is one.
+FASTLOSS_DEVICE Listed<F> listed_of(const Rows& rows, int64_t columns = 0) {
+  const int64_t before = columns ? slice_bytes(columns, sizeof(E::Storage)) : 0;
+  return Listed<F>(rows, shared_memory() + kHeaderBytes + before);
 }
 
 // Tells the block how its slice's gradient is computed. Warp 0.
@@ -44,7 +47,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) row_states(const StatesArgs a)
   Columns<F> columns(a.rows, at.row, at.begin);
   if (kGeneral && a.parts && a.rows.spec.objective == Objective::kIndex && !ignored)
     columns.rival = element<F>(a.rows.input.row(at.row), a.rows.input.dtype, target_of(a.rows, at.row));
-  const Listed<F> listed = listed_of(a.rows);
+  const Listed<F> listed = listed_of(a.rows, a.cut.columns);
   const bool tail = kListed && a.rows.spec.objective == Objective::kTopKTail;
   if (tail) listed.fill(a.rows, at.row, columns, at.begin, at.end);
   const Part<F> part = reduce<kGeneral>(slice, columns, header().board, tail ? &listed : nullptr);
@@ -160,7 +163,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) row_loss_grad(const LossGradAr
   }
   const int64_t y = target_of(a.rows, at.row);
   const Columns<F> columns(a.rows, at.row, at.begin);
-  const Listed<F> listed = listed_of(a.rows);
+  const Listed<F> listed = listed_of(a.rows, a.cut.columns);
   if (listed.count)
     listed.fill(a.rows, at.row, columns, 0, a.rows.input.cols);  // its barrier: in hide() or in join_warps()
   const bool tail = kListed && a.rows.spec.objective == Objective::kTopKTail;

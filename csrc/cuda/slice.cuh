@@ -23,7 +23,7 @@ FASTLOSS_HD constexpr int64_t slice_bytes(int64_t columns, int64_t size) {
   return ((columns * size + 15) / 16 + 2) * 16;
 }
 
-// The bytes that a target's listed classes take before it (listed.cuh); `size`: of the compute type.
+// The bytes that a target's listed classes take after it (listed.cuh); `size`: of the compute type.
 FASTLOSS_HD inline int64_t listed_bytes(const Rows& rows, int64_t size) {
   return rows.spec.listed() ? (rows.picks * (8 + 2 * size) + 15) / 16 * 16 : 0;
 }
