@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import lru_cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 
-from ...spec import COMPUTE_DTYPE, Objective
+from ...spec import COMPUTE_DTYPE, Objective, Rows
 from ..device import Kernels
 
 # Where Triton's kernels run. Who executes them elsewhere, as the tests do, adds a device type.
@@ -29,8 +32,17 @@ def refuses(device: torch.device, dtype: torch.dtype, target_dtype: torch.dtype,
     return lacks_kernels(objective)
 
 
+@lru_cache(maxsize=1)
 def kernels() -> Kernels:
     """What launches them."""
-    from . import rows
+    from . import listed, pairs, rows
 
-    return Kernels(*(getattr(rows, name) for name in Kernels._fields))
+    def by_objective(name: str) -> Callable[..., Any]:
+        def launch(given: Rows, *args: Any) -> Any:
+            family = pairs if given.spec.objective.paired else listed if given.probs is not None else rows
+            return getattr(family, name)(given, *args)
+
+        return launch
+
+    of_objectives = ("on_chip", "row_stats", "row_grad", "row_loss_grad")
+    return Kernels(*(by_objective(name) if name in of_objectives else getattr(rows, name) for name in Kernels._fields))

@@ -94,6 +94,42 @@ def coefficients(
 
 
 @triton.jit
+def against(p, m):
+    """p log(p / m), by a logarithm that is near zero where p and m are alike."""
+    ratio = tl.minimum(m / tl.where(p > 0, p, 1.0), 1e37)
+    return tl.where(p > 0, -p * tl.log(ratio), 0.0)
+
+
+@triton.jit
+def divergence(
+    log_sum, target_log_sum, tilt, mixture, target_mixture, lse, z_loss, beta,
+    FORWARD: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """(loss, what the coefficients need): of a KL `tilt` is an expectation, else the mixtures' divergences are given."""
+    if FORWARD:
+        loss = (tilt - target_log_sum) + log_sum
+    elif REVERSE:
+        loss = (tilt - log_sum) + target_log_sum
+    else:
+        loss = beta * target_mixture + (1 - beta) * mixture
+        tilt = mixture
+    return loss + times(z_loss, lse * lse), tilt
+
+
+@triton.jit
+def divergence_coefficients(tilt, lse, z_loss, beta, g_loss, g_lse, FORWARD: tl.constexpr, REVERSE: tl.constexpr):
+    """(A, E, Q): Q multiplies q_j, or with a mixture p_j log(p_j / m_j)."""
+    A, E, Q = g_loss * (2 * z_loss * lse) + g_lse, 0.0 * g_loss, 0.0 * g_loss
+    if FORWARD:
+        A, Q = A + g_loss, g_loss
+    elif REVERSE:
+        A, E = A - g_loss * tilt, g_loss
+    else:
+        A, Q = A - g_loss * (1 - beta) * tilt, -g_loss * (1 - beta)
+    return A, E, Q
+
+
+@triton.jit
 def slope(dx, z, softcap):
     """phi' dx but for the logit scale, which the coefficients already hold; z as `squashed`."""
     if softcap > 0:

@@ -13,9 +13,11 @@ from .loss import coefficients, epilogue, finalize, slope, smoothed, squashed, t
 from .state import LOG2E, merge
 
 NOTHING = tl.constexpr(float("-inf"))  # a logit that is not there
-STATE = tl.constexpr(6)  # centre, sum, moment, plain, mass, and the column of the maximum within its slice
+STATE = tl.constexpr(
+    7
+)  # centre, sum, moment, plain, mass; the maximum's column in its slice; logits above the target's
 
-_NUMBERS = ("V", "N", "unless_one", "ignore_index", "x_stride", "target_stride", "grad_stride", "token_stride")
+_NUMBERS = ("V", "N", "picks", "unless_one", "ignore_index", "x_stride", "target_stride", "grad_stride", "token_stride")
 _NUMBERS += ("g_stride", "lse_stride", "log_prob_stride", "entropy_stride")
 
 
@@ -69,6 +71,15 @@ def label(y, V, ignore_index):
     inside = (y >= 0) & (y < V)
     tl.device_assert(inside | ignored, "fastloss: target out of range")
     return tl.where(inside, y, 0), ignored
+
+
+@triton.jit
+def hidden(z, columns, listed, picks, ignore_index):
+    """Logits without the classes that a target lists."""
+    for k in range(picks):
+        y = tl.load(listed + k)
+        z = tl.where((columns == y) & (y != ignore_index), NOTHING, z)
+    return z
 
 
 @triton.jit
@@ -148,22 +159,26 @@ def row_loss_grad(
 def row_states(
     x, x_stride: tl.int64, target, target_stride: tl.int64, weight, V,
     ignore_index: tl.int64, label_smoothing: tl.float64, softcap: tl.float64, logit_scale: tl.float64, states, slices,
-    GENERAL: tl.constexpr, EXTRAS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+    picks, GENERAL: tl.constexpr, EXTRAS: tl.constexpr, LISTED: tl.constexpr, TAIL: tl.constexpr,
+    BLOCK: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Grid (N, slices). The state of one slice of a row, in states (N, slices, STATE)."""
+    """Grid (N, slices). The state of one slice of a row, in states (N, slices, STATE). With LISTED targets (N, picks);
+    TAIL: of the classes that they do not list."""
     F: tl.constexpr = states.dtype.element_ty
     SOFT: tl.constexpr = target.dtype.element_ty.is_floating()
     row, start = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK
-    if not SOFT and not EXTRAS:  # noqa: SIM102 - one is known to the compiler, the other is not
+    if not SOFT and not EXTRAS and not LISTED:  # noqa: SIM102 - one is known to the compiler, the other is not
         if tl.load(target + row) == ignore_index:
             return
-    columns, classes = tl.arange(0, BLOCK), V.to(F)
+    columns, classes, all_columns = tl.arange(0, BLOCK), V.to(F), V
     V = V // VECTOR * VECTOR - start
     cap, scale = number(softcap, F), number(logit_scale, F)
     states += (row * slices + tl.program_id(1)) * STATE
     x += row * (x_stride // VECTOR * VECTOR) + start
 
     z = logits(x, columns, V, cap, scale, F, GENERAL)
+    if TAIL:
+        z = hidden(z, columns + start, target + row * picks, picks, ignore_index)
     top, unit = tl.max(z, 0), scale
     if GENERAL:
         unit = unit_of(cap, scale)
@@ -174,6 +189,11 @@ def row_states(
     if EXTRAS:
         tl.store(states + 2, tl.sum(times(e, r), 0) * unit)
         tl.store(states + 5, tl.min(tl.where(z == top, columns, BLOCK), 0).to(F))
+        if not SOFT and not LISTED:
+            y, ignored = label(tl.load(target + row), all_columns, ignore_index)
+            raw = tl.load(x + columns, mask=columns < V, other=NOTHING).to(F)
+            above = tl.sum((raw > tl.load(x - start + y).to(F)).to(tl.int32), 0)
+            tl.store(states + 6, tl.where(ignored, 0, above).to(F))
     if GENERAL:
         probs = None
         if SOFT:
@@ -190,7 +210,7 @@ def row_finish(
     x, x_stride: tl.int64, target, weight, V, N: tl.int64,
     ignore_index: tl.int64, label_smoothing: tl.float64, z_loss: tl.float64, softcap: tl.float64,
     logit_scale: tl.float64,
-    states, slices, loss, stats, argmax,
+    states, slices, loss, stats, argmax, rank,
     GENERAL: tl.constexpr, EXTRAS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, SLICES: tl.constexpr,
 ):  # fmt: skip
     """Grid (N / ROWS,). Merges each row's slices of length BLOCK, and writes its loss and statistics."""
@@ -227,6 +247,8 @@ def row_finish(
     if EXTRAS:
         column = tl.load(states + 5, mask=there, other=0.0).to(tl.int64) + slice * BLOCK
         tl.store(argmax + row, tl.min(tl.where(centres == top[:, None], column, V - 1), 1), mask=here)
+        if rank is not None:
+            tl.store(rank + row, tl.sum(tl.load(states + 6, mask=there, other=0.0).to(tl.int64), 1), mask=here)
     else:
         centre, log_sum = tl.where(ignored, 0.0, centre), tl.where(ignored, 0.0, log_sum)
         entropy = tl.where(ignored, 0.0, entropy)
@@ -236,6 +258,24 @@ def row_finish(
     tl.store(stats + 2 * N + row, tl.where(ignored, 0.0, log_prob), mask=here)
     tl.store(stats + 3 * N + row, tl.where(ignored, 0.0, mass), mask=here)
     tl.store(stats + 4 * N + row, entropy, mask=here)
+
+
+@triton.jit
+def spread(
+    x, grad, first, last, V, weight, probs, classes, eps, centre, log_sum, A, E, C, cap, scale,
+    F: tl.constexpr, GENERAL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The gradient of some columns from their row's statistics, but for what a target adds to its own."""
+    columns, unit = tl.arange(0, BLOCK), unit_of(cap, scale)
+    for start in range(first, last, BLOCK):
+        z = logits(x + start, columns, V - start, cap, scale, F, GENERAL)
+        r = tl.fma(z, unit, -centre)
+        p = tl.exp2(tl.fma(r, LOG2E, -log_sum * LOG2E))
+        dx = A * p
+        if GENERAL:
+            w = weights(weight, probs, start + columns, V, classes, eps, F)
+            dx = slope(epilogue(A, E, C, p, r, w), z, cap)
+        tl.store(grad + start + columns, dx, mask=columns < V - start)
 
 
 @kernel
@@ -282,19 +322,13 @@ def row_grad(
         mass, centre + log_sum, log_sum, H, w_y, eps, k, classes,
         up * scale, up_lse * scale, up_log_prob * scale, up_entropy * scale, SOFT,
     )  # fmt: skip
-    unit, z_y = unit_of(cap, scale), number(0.0, F)
+    z_y = number(0.0, F)
     if GENERAL and not SOFT:
         z_y = squashed(tl.load(x + y).to(F), cap, scale)  # the gradient may overwrite it
         tl.debug_barrier()
-    for start in range(first, last, BLOCK):
-        z = logits(x + start, columns, V - start, cap, scale, F, GENERAL)
-        r = tl.fma(z, unit, -centre)
-        p = tl.exp2(tl.fma(r, LOG2E, -log_sum * LOG2E))
-        dx = A * p
-        if GENERAL:
-            w = weights(weight, probs, start + columns, V, classes, eps, F)
-            dx = slope(epilogue(A, E, C, p, r, w), z, cap)
-        tl.store(grad + start + columns, dx, mask=columns < V - start)
+    spread(
+        x, grad, first, last, V, weight, probs, classes, eps, centre, log_sum, A, E, C, cap, scale, F, GENERAL, BLOCK
+    )
     if not SOFT:  # noqa: SIM102
         if (y >= first) & (y < last) & (ignored == 0):
             log_p = tl.load(stats + 2 * N + row)

@@ -20,33 +20,33 @@ from . import row_kernels
 from .row_kernels import kernel
 
 # debug: an index out of range is an error, as in torch's own kernels. The rest only where it would change bits or warn.
-_OPTIONS = {"debug": True, "sanitize_overflow": False, "enable_fp_fusion": True}
+OPTIONS = {"debug": True, "sanitize_overflow": False, "enable_fp_fusion": True}
 _ACCESS = 16  # bytes at once
-_WARPS = 16  # at most, with up to 128 registers a thread
-_PART = 32768  # elements whose gradient one program writes
+WARPS = 16  # at most, with up to 128 registers a thread
+PART = 32768  # elements whose gradient one program writes
 _MANY = 1024  # elements of a block of the kernels over N
 
 
-def _on(x: Tensor) -> AbstractContextManager[Any]:
+def on(x: Tensor) -> AbstractContextManager[Any]:
     """Triton launches on the current device."""
     return nullcontext() if x.device.type == "cpu" else getattr(torch, x.device.type).device(x.device)
 
 
-def _elements(dtype: torch.dtype, wanted: int) -> int:
+def elements_of(dtype: torch.dtype, wanted: int) -> int:
     """How many of a row's elements one thread holds: as many as spilled no registers, on any of the architectures that
     the tests compile for."""
     return wanted // 4 if dtype == torch.float64 else wanted
 
 
-def _warps(block: int, elements: int) -> int:
-    return max(1, min(_WARPS, block // (32 * elements)))
+def warps_of(block: int, elements: int) -> int:
+    return max(1, min(WARPS, block // (32 * elements)))
 
 
-def _block(V: int, largest: int) -> int:
+def block_of(V: int, largest: int) -> int:
     return min(max(triton.next_power_of_2(V), 16), largest)
 
 
-def _vector(V: int, *matrices: Tensor) -> int:
+def vector_of(V: int, *matrices: Tensor) -> int:
     """How many elements of each row one access takes: what divides V, and the distance of the rows."""
     vector = _ACCESS // min(t.element_size() for t in matrices)
     ends = [V] + [t.stride(0) for t in matrices]
@@ -67,59 +67,69 @@ def _general(rows: Rows) -> bool:
     return _soft(rows) or rows.spec.softcap > 0 or rows.spec.label_smoothing > 0
 
 
-def _strided(vector: Tensor | None) -> tuple[Tensor | None, int]:
+def strided(vector: Tensor | None) -> tuple[Tensor | None, int]:
     return vector, 0 if vector is None else vector.stride(0)
 
 
-def _upstream(g: Upstream) -> tuple[Any, ...]:
+def upstream_of(g: Upstream) -> tuple[Any, ...]:
     number = 0.0 if isinstance(g.loss, Tensor) else g.loss
-    loss = _strided(g.loss if isinstance(g.loss, Tensor) else None)
-    return (*loss, number, *_strided(g.token_weight), g.denominator)
+    loss = strided(g.loss if isinstance(g.loss, Tensor) else None)
+    return (*loss, number, *strided(g.token_weight), g.denominator)
 
 
 def _target_stride(rows: Rows) -> int:
     return rows.target.stride(0) if _soft(rows) else 1
 
 
-def on_chip(input: Tensor, general: bool) -> bool:
+def on_chip(rows: Rows) -> bool:
     """Whether a row's numbers fit into the registers of a program."""
-    return input.shape[1] <= 32 * _WARPS * _elements(input.dtype, 16 if general else 64)
+    return rows.input.shape[1] <= 32 * WARPS * elements_of(rows.input.dtype, 16 if _general(rows) else 64)
 
 
 def row_loss_grad(rows: Rows, upstream: Upstream, loss: Tensor, grad: Tensor, unless_one: bool) -> None:
     """See Kernels."""
     x, (N, V), general = rows.input, rows.input.shape, _general(rows)
-    elements = _elements(x.dtype, 16 if general else 64)
-    block = _block(V, 32 * _WARPS * elements)
-    with _on(x):
+    elements = elements_of(x.dtype, 16 if general else 64)
+    block = block_of(V, 32 * WARPS * elements)
+    with on(x):
         row_kernels.row_loss_grad[(N,)](
             x, x.stride(0), rows.target, _target_stride(rows), rows.weight, V, *rows.spec[:5],
-            *_upstream(upstream), int(unless_one), loss, grad, grad.stride(0),
-            GENERAL=general, BLOCK=block, VECTOR=_vector(V, *_read(rows), grad), num_warps=_warps(block, elements),
-            **_OPTIONS,
+            *upstream_of(upstream), int(unless_one), loss, grad, grad.stride(0),
+            GENERAL=general, BLOCK=block, VECTOR=vector_of(V, *_read(rows), grad), num_warps=warps_of(block, elements),
+            **OPTIONS,
         )  # fmt: skip
 
 
-def row_stats(rows: Rows, loss: Tensor, stats: Tensor, argmax: Tensor | None, extras: bool) -> None:
-    """See Kernels."""
-    x, (N, V), general = rows.input, rows.input.shape, _general(rows)
+def row_states(rows: Rows, dtype: torch.dtype, general: bool, extras: bool) -> tuple[Tensor, int]:
+    """States (N, slices, STATE) of slices of rows, and their length."""
+    x, (N, V), listed = rows.input, rows.input.shape, rows.probs is not None
     ignore_index, eps, _, cap, scale = rows.spec[:5]
-    elements = _elements(x.dtype, 32 if general or extras else 64)
-    block = _block(V, (32 if x.dtype == torch.float64 else 16) * _WARPS * elements)
+    elements = elements_of(x.dtype, 32 if general or extras else 64)
+    block = block_of(V, (32 if x.dtype == torch.float64 else 16) * WARPS * elements)
     slices = max(1, triton.cdiv(V, block))
-    states = loss.new_empty((N, slices, row_kernels.STATE.value))
-    merged = triton.next_power_of_2(slices)
-    together = max(1, min(32, 32 * _elements(x.dtype, 8) // merged))  # rows whose states one warp merges
-    with _on(x):
+    states = x.new_empty((N, slices, row_kernels.STATE.value), dtype=dtype)
+    with on(x):
         row_kernels.row_states[(N, slices)](
             x, x.stride(0), rows.target, _target_stride(rows), rows.weight, V, ignore_index, eps, cap, scale,
-            states, slices, GENERAL=general, EXTRAS=extras, BLOCK=block, VECTOR=_vector(V, *_read(rows)),
-            num_warps=_warps(block, elements), **_OPTIONS,
+            states, slices, rows.target.shape[1] if listed else 1, GENERAL=general, EXTRAS=extras, LISTED=listed,
+            TAIL=rows.spec.objective == Objective.TOPK_TAIL, BLOCK=block, VECTOR=vector_of(V, *_read(rows)),
+            num_warps=warps_of(block, elements), **OPTIONS,
         )  # fmt: skip
+    return states, block
+
+
+def row_stats(rows: Rows, loss: Tensor, stats: Tensor, argmax: Tensor | None, rank: Tensor | None) -> None:
+    """See Kernels."""
+    x, (N, V), general, extras = rows.input, rows.input.shape, _general(rows), argmax is not None
+    states, block = row_states(rows, loss.dtype, general, extras)
+    slices = states.shape[1]
+    merged = triton.next_power_of_2(slices)
+    together = max(1, min(32, 32 * elements_of(x.dtype, 8) // merged))  # rows whose states one warp merges
+    with on(x):
         row_kernels.row_finish[(triton.cdiv(N, together),)](
-            x, x.stride(0), rows.target, rows.weight, V, N, *rows.spec[:5], states, slices, loss, stats, argmax,
+            x, x.stride(0), rows.target, rows.weight, V, N, *rows.spec[:5], states, slices, loss, stats, argmax, rank,
             GENERAL=general, EXTRAS=extras, BLOCK=block, ROWS=together, SLICES=merged,
-            num_warps=1, **_OPTIONS,
+            num_warps=1, **OPTIONS,
         )  # fmt: skip
 
 
@@ -127,16 +137,16 @@ def row_grad(rows: Rows, stats: Tensor, upstream: Upstream, grad: Tensor, unless
     """See Kernels."""
     x, (N, V) = rows.input, rows.input.shape
     general = _general(rows) or upstream.entropy is not None
-    elements = _elements(x.dtype, 16 if general else 64)
-    block = _block(V, 4 * 32 * elements)
-    with _on(x):
-        row_kernels.row_grad[(N, triton.cdiv(V, _PART))](
+    elements = elements_of(x.dtype, 16 if general else 64)
+    block = block_of(V, 4 * 32 * elements)
+    with on(x):
+        row_kernels.row_grad[(N, triton.cdiv(V, PART))](
             x, x.stride(0), rows.target, _target_stride(rows), rows.weight, V, N, *rows.spec[:5],
-            *_upstream(upstream), int(unless_one),
-            *_strided(upstream.lse), *_strided(upstream.log_prob), *_strided(upstream.entropy),
+            *upstream_of(upstream), int(unless_one),
+            *strided(upstream.lse), *strided(upstream.log_prob), *strided(upstream.entropy),
             stats, grad, grad.stride(0),
-            GENERAL=general, BLOCK=block, PART=_PART, VECTOR=_vector(V, *_read(rows), grad),
-            num_warps=_warps(block, elements), **_OPTIONS,
+            GENERAL=general, BLOCK=block, PART=PART, VECTOR=vector_of(V, *_read(rows), grad),
+            num_warps=warps_of(block, elements), **OPTIONS,
         )  # fmt: skip
 
 
@@ -145,21 +155,26 @@ def row_grad(rows: Rows, stats: Tensor, upstream: Upstream, grad: Tensor, unless
 
 @kernel
 def _denominator(
-    target, weight, V, N: tl.int64, ignore_index: tl.int64, token_weight, token_stride: tl.int64, out,
-    BLOCK: tl.constexpr,
+    target, weight, V, N: tl.int64, ignore_index: tl.int64, token_weight, token_stride: tl.int64, out, picks,
+    LISTED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     F: tl.constexpr = out.dtype.element_ty
     sums = tl.zeros((BLOCK,), F)
     for start in range(0, N, BLOCK):
         i = start + tl.arange(0, BLOCK).to(tl.int64)
         counts = i < N
-        if not target.dtype.element_ty.is_floating():
+        if LISTED:
+            some = i < 0
+            for k in range(picks):
+                some |= tl.load(target + i * picks + k, mask=counts, other=ignore_index) != ignore_index
+            counts &= some
+        elif not target.dtype.element_ty.is_floating():
             y = tl.load(target + i, mask=counts, other=ignore_index)
             counts = counts & (y != ignore_index)
         w = tl.full((BLOCK,), 1.0, F)
         if token_weight is not None:
             w = tl.load(token_weight + i * token_stride, mask=counts, other=0.0)
-        if weight is not None and not target.dtype.element_ty.is_floating():
+        if weight is not None and not target.dtype.element_ty.is_floating() and not LISTED:
             w *= tl.load(weight + y, mask=counts & (y >= 0) & (y < V), other=0.0)
         sums += tl.where(counts, w, 0.0)
     tl.store(out, tl.sum(sums, 0))
@@ -173,7 +188,8 @@ def _total(loss, N: tl.int64, token_weight, token_stride: tl.int64, denominator,
         value = tl.load(loss + i, mask=i < N, other=0.0)
         if token_weight is not None:
             w = tl.load(token_weight + i * token_stride, mask=i < N, other=0.0)
-            value = tl.where(value == 0, 0.0, value * w)  # an ignored row stays zero under an infinite weight
+            # An ignored row stays zero under an infinite weight, and one of no weight whatever it holds.
+            value = tl.where((value == 0) | (w == 0), 0.0, value * w)
         sums += value
     total = tl.sum(sums, 0)
     if denominator is not None:
@@ -195,24 +211,26 @@ def _rescale(grad, grad_stride: tl.int64, V, upstream, BLOCK: tl.constexpr, VECT
 def denominator(rows: Rows, token_weight: Tensor | None, out: Tensor) -> None:
     """See Kernels."""
     N, V = rows.input.shape
-    weights = rows.weight, V, N, rows.spec.ignore_index, *_strided(token_weight)
-    with _on(out):
-        _denominator[(1,)](rows.target, *weights, out, BLOCK=_MANY, **_OPTIONS)
+    # Targets that are logits, like class probabilities, have no row that is ignored.
+    picks = rows.target.shape[1] if rows.probs is not None else 1
+    weights = rows.weight, V, N, rows.spec.ignore_index, *strided(token_weight)
+    with on(out):
+        _denominator[(1,)](rows.target, *weights, out, picks, LISTED=rows.probs is not None, BLOCK=_MANY, **OPTIONS)
 
 
 def total(loss: Tensor, token_weight: Tensor | None, denominator: Tensor | None, out: Tensor) -> None:
     """See Kernels."""
-    with _on(out):
-        _total[(1,)](loss, loss.shape[0], *_strided(token_weight), denominator, out, BLOCK=_MANY, **_OPTIONS)
+    with on(out):
+        _total[(1,)](loss, loss.shape[0], *strided(token_weight), denominator, out, BLOCK=_MANY, **OPTIONS)
 
 
 def rescale(grad: Tensor, upstream: Tensor) -> None:
     """See Kernels."""
     N, V = grad.shape
-    elements = _elements(grad.dtype, 64)
-    block = _block(V, 4 * 32 * elements)
-    with _on(grad):
+    elements = elements_of(grad.dtype, 64)
+    block = block_of(V, 4 * 32 * elements)
+    with on(grad):
         _rescale[(N, triton.cdiv(V, block))](
-            grad, grad.stride(0), V, upstream, BLOCK=block, VECTOR=_vector(V, grad), num_warps=_warps(block, elements),
-            **_OPTIONS,
+            grad, grad.stride(0), V, upstream, BLOCK=block, VECTOR=vector_of(V, grad), num_warps=warps_of(block, elements),
+            **OPTIONS,
         )  # fmt: skip

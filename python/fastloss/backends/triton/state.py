@@ -27,6 +27,28 @@ def recentre(sum, moment, plain, mass, d):
 
 
 @triton.jit
+def distance(centre, tops, unit):
+    """How far parts' centres lie above that of all; a part without one may be said to lie anywhere."""
+    return tl.where((centre == tops) | (centre == float("-inf")), 0.0, (centre - tops) * unit)
+
+
+@triton.jit
+def merge_pairs(
+    centre, sum, target_centre, target_sum, tilt, unit, target_unit, OF_TARGET: tl.constexpr, AXIS: tl.constexpr
+):
+    """The same of parts of two rows, logits and target logits: PairState in csrc/row_state.h."""
+    top, target_top = tl.max(centre, AXIS), tl.max(target_centre, AXIS)
+    d = distance(centre, tl.expand_dims(top, AXIS), unit)
+    e = distance(target_centre, tl.expand_dims(target_top, AXIS), target_unit)
+    k, target_k = exp(d), exp(e)
+    weight, factor, by = sum, k, d - e
+    if OF_TARGET:
+        weight, factor, by = target_sum, target_k, e - d
+    tilt = tl.where((factor == 0) | (weight == 0), 0.0, factor * tl.fma(by, weight, tilt))
+    return top, tl.sum(k * sum, AXIS), target_top, tl.sum(target_k * target_sum, AXIS), tl.sum(tilt, AXIS)
+
+
+@triton.jit
 def merge(centre, sum, moment, plain, mass, unit, AXIS: tl.constexpr):
     """The state of the union of disjoint parts, which lie along an axis; added in one order."""
     top = tl.max(centre, AXIS)

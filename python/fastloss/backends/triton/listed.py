@@ -1,0 +1,78 @@
+"""The functions of `Kernels` for targets that list classes (top-k); see rows.py."""
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+from torch import Tensor
+
+from ...spec import Objective, Rows
+from ..device import Upstream
+from . import listed_kernels
+from .rows import OPTIONS, PART, WARPS, block_of, elements_of, on, row_states, strided, upstream_of, vector_of, warps_of
+
+
+def _general(rows: Rows) -> bool:
+    return rows.spec.softcap > 0 or rows.spec.label_smoothing > 0
+
+
+def _held(rows: Rows, general: bool) -> int:
+    return elements_of(rows.input.dtype, 16 if general else 32)
+
+
+def _operands(rows: Rows) -> tuple[Any, ...]:
+    x, target = rows.input, rows.target
+    return x, x.stride(0), target, rows.probs, target.shape[1], rows.weight, x.shape[1]
+
+
+def _list(rows: Rows) -> dict[str, Any]:
+    picks = max(1, rows.target.shape[1])
+    return {"TAIL": rows.spec.objective == Objective.TOPK_TAIL, "PICKS": triton.next_power_of_2(picks)}
+
+
+def on_chip(rows: Rows) -> bool:
+    """Whether a row's numbers fit into the registers of a program."""
+    return rows.input.shape[1] <= 32 * WARPS * _held(rows, _general(rows))
+
+
+def row_loss_grad(rows: Rows, upstream: Upstream, loss: Tensor, grad: Tensor, unless_one: bool) -> None:
+    """See Kernels."""
+    x, (N, V), general = rows.input, rows.input.shape, _general(rows)
+    elements = _held(rows, general)
+    block = block_of(V, 32 * WARPS * elements)
+    with on(x):
+        listed_kernels.listed_loss_grad[(N,)](
+            *_operands(rows), *rows.spec[:5], *upstream_of(upstream), int(unless_one), loss, grad, grad.stride(0),
+            GENERAL=general, **_list(rows), BLOCK=block, VECTOR=vector_of(V, x, grad),
+            num_warps=warps_of(block, elements), **OPTIONS,
+        )  # fmt: skip
+
+
+def row_stats(rows: Rows, loss: Tensor, stats: Tensor, argmax: Tensor | None, rank: Tensor | None) -> None:
+    """See Kernels. The rank is that of one class."""
+    N, general, extras = len(rows.input), _general(rows), argmax is not None
+    states, block = row_states(rows, loss.dtype, general, extras)
+    slices = states.shape[1]
+    with on(loss):
+        listed_kernels.listed_finish[(N,)](
+            *_operands(rows), N, *rows.spec[:5], states, slices, loss, stats, argmax,
+            GENERAL=general, EXTRAS=extras, **_list(rows), BLOCK=block, SLICES=triton.next_power_of_2(slices),
+            num_warps=1, **OPTIONS,
+        )  # fmt: skip
+
+
+def row_grad(rows: Rows, stats: Tensor, upstream: Upstream, grad: Tensor, unless_one: bool) -> None:
+    """See Kernels."""
+    x, (N, V) = rows.input, rows.input.shape
+    general = _general(rows) or upstream.entropy is not None
+    elements = _held(rows, general)
+    block = block_of(V, 4 * 32 * elements)
+    with on(x):
+        listed_kernels.listed_grad[(N, triton.cdiv(V, PART))](
+            *_operands(rows), N, *rows.spec[:5], *upstream_of(upstream), int(unless_one),
+            *strided(upstream.lse), *strided(upstream.entropy), stats, grad, grad.stride(0),
+            GENERAL=general, **_list(rows), BLOCK=block, PART=PART, VECTOR=vector_of(V, x, grad),
+            num_warps=warps_of(block, elements), **OPTIONS,
+        )  # fmt: skip

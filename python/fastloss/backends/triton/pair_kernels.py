@@ -1,0 +1,228 @@
+"""The kernels over rows of logits beside rows of target logits (divergences). On chip: both read once, the gradient
+written once. Longer rows: the states of their slices, for a mixture (JS) a second round that knows all sums, and the
+gradient from both read again.
+"""
+# mypy: ignore-errors
+
+import triton
+import triton.language as tl
+
+from .loss import against, divergence, divergence_coefficients, slope, unit_of
+from .row_kernels import NOTHING, at, kernel, logits, number, weighted_upstream
+from .state import LOG2E, merge_pairs
+
+PAIR_STATE = tl.constexpr(5)  # centre, sum, target centre, target sum, tilt; of mixtures: of the logits, of the target
+
+
+@triton.jit
+def finite(top):
+    """Nothing but -inf has no centre; its exponentials are zero about any."""
+    return tl.where(top == NOTHING, 0.0, top)
+
+
+@triton.jit
+def target_logits(u, columns, V, F: tl.constexpr):
+    return tl.load(u + columns, mask=columns < V, other=NOTHING).to(F)
+
+
+@triton.jit
+def pair_gradient(a, b, p, q, A, E, Q, beta, FORWARD: tl.constexpr, REVERSE: tl.constexpr):
+    """The gradient with respect to z; a and b are the exponents of p and q but for their sums."""
+    if REVERSE:
+        return tl.fma(E, tl.where(p > 0, a - b, 0.0), A) * p
+    elif FORWARD:  # noqa: RET505 - Triton compiles one of them
+        return tl.fma(A, p, -Q * q)
+    else:
+        return tl.fma(A, p, -Q * against(p, beta * q + (1 - beta) * p))
+
+
+@kernel
+def pair_loss_grad(
+    x, x_stride: tl.int64, target, target_stride: tl.int64, V,
+    z_loss: tl.float64, softcap: tl.float64, logit_scale: tl.float64, target_scale: tl.float64, beta: tl.float64,
+    g, g_stride: tl.int64, upstream: tl.float64, token_weight, token_stride: tl.int64, denominator, unless_one,
+    loss, grad, grad_stride: tl.int64,
+    FORWARD: tl.constexpr, REVERSE: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """Grid (N,). The loss and the gradient of a row that stays, with its target, in registers."""
+    F: tl.constexpr = loss.dtype.element_ty
+    row = tl.program_id(0).to(tl.int64)
+    columns, V = tl.arange(0, BLOCK), V // VECTOR * VECTOR
+    x += row * (x_stride // VECTOR * VECTOR)
+    target += row * (target_stride // VECTOR * VECTOR)
+    grad += row * (grad_stride // VECTOR * VECTOR)
+    up, done = weighted_upstream(
+        g, row * g_stride, upstream, token_weight, row * token_stride, denominator, unless_one, F
+    )
+    if done:
+        return
+    k, cap, scale = number(z_loss, F), number(softcap, F), number(logit_scale, F)
+    unit, target_unit, beta = unit_of(cap, scale), number(target_scale, F), number(beta, F)
+    z, u = logits(x, columns, V, cap, scale, F, True), target_logits(target, columns, V, F)
+    top, target_top = finite(tl.max(z, 0)), finite(tl.max(u, 0))
+    a, b = (z - top) * unit, (u - target_top) * target_unit
+    p, q = tl.exp2(a * LOG2E), tl.exp2(b * LOG2E)
+    s, t = tl.sum(p, 0), tl.sum(q, 0)
+    log_sum, target_log_sum = tl.log(s), tl.log(t)
+    tilt, mixture, target_mixture = number(0.0, F), number(0.0, F), number(0.0, F)
+    if FORWARD:
+        tilt = tl.sum(tl.where(q > 0, q * (b - a), 0.0), 0) / t
+    if REVERSE:
+        tilt = tl.sum(tl.where(p > 0, p * (a - b), 0.0), 0) / s
+    p, q = p / s, q / t
+    if not FORWARD and not REVERSE:
+        m = beta * q + (1 - beta) * p
+        mixture, target_mixture = tl.sum(against(p, m), 0), tl.sum(against(q, m), 0)
+    lse = top * unit + log_sum
+    value, tilt = divergence(log_sum, target_log_sum, tilt, mixture, target_mixture, lse, k, beta, FORWARD, REVERSE)
+    tl.store(loss + row, value)
+    A, E, Q = divergence_coefficients(tilt, lse, k, beta, up * scale, 0.0, FORWARD, REVERSE)
+    dx = slope(pair_gradient(a, b, p, q, A, E, Q, beta, FORWARD, REVERSE), z, cap)
+    tl.store(grad + columns, tl.where(up == 0, 0.0, dx), mask=columns < V)
+
+
+@kernel
+def pair_states(
+    x, x_stride: tl.int64, target, target_stride: tl.int64, V,
+    softcap: tl.float64, logit_scale: tl.float64, target_scale: tl.float64, states, slices,
+    FORWARD: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """Grid (N, slices). The state of one slice of a row and of its target's, in states (N, slices, PAIR_STATE)."""
+    F: tl.constexpr = states.dtype.element_ty
+    row, start = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK
+    columns, V = tl.arange(0, BLOCK), V // VECTOR * VECTOR - start
+    cap, scale = number(softcap, F), number(logit_scale, F)
+    states += (row * slices + tl.program_id(1)) * PAIR_STATE
+    x += row * (x_stride // VECTOR * VECTOR) + start
+    target += row * (target_stride // VECTOR * VECTOR) + start
+    z, u = logits(x, columns, V, cap, scale, F, True), target_logits(target, columns, V, F)
+    top, target_top = tl.max(z, 0), tl.max(u, 0)
+    a, b = (z - finite(top)) * unit_of(cap, scale), (u - finite(target_top)) * number(target_scale, F)
+    e, f = tl.exp2(a * LOG2E), tl.exp2(b * LOG2E)
+    if FORWARD:
+        tilt = tl.where(f > 0, f * (b - a), 0.0)
+    else:
+        tilt = tl.where(e > 0, e * (a - b), 0.0)
+    tl.store(states, top)
+    tl.store(states + 1, tl.sum(e, 0))
+    tl.store(states + 2, target_top)
+    tl.store(states + 3, tl.sum(f, 0))
+    tl.store(states + 4, tl.sum(tilt, 0))
+
+
+@kernel
+def pair_finish(
+    N: tl.int64, z_loss: tl.float64, softcap: tl.float64, logit_scale: tl.float64, target_scale: tl.float64,
+    states, slices, loss, stats,
+    FORWARD: tl.constexpr, REVERSE: tl.constexpr, ROWS: tl.constexpr, SLICES: tl.constexpr,
+):  # fmt: skip
+    """Grid (N / ROWS,). Merges each row's slices, and writes its statistics and, but of a mixture, its loss."""
+    F: tl.constexpr = loss.dtype.element_ty
+    row, slice = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, SLICES)[None, :]
+    states += (row[:, None] * slices + slice) * PAIR_STATE
+    here, there = row < N, (row < N)[:, None] & (slice < slices)
+    k, cap, scale = number(z_loss, F), number(softcap, F), number(logit_scale, F)
+    unit, target_unit = unit_of(cap, scale), number(target_scale, F)
+    top, s, target_top, t, tilt = merge_pairs(
+        tl.load(states, mask=there, other=NOTHING), tl.load(states + 1, mask=there, other=0.0),
+        tl.load(states + 2, mask=there, other=NOTHING), tl.load(states + 3, mask=there, other=0.0),
+        tl.load(states + 4, mask=there, other=0.0), unit, target_unit, FORWARD, 1,
+    )  # fmt: skip
+    log_sum, target_log_sum = tl.log(s), tl.log(t)
+    tilt = tilt / t if FORWARD else tilt / s
+    centre, target_centre = top * unit, target_top * target_unit
+    value, tilt = divergence(log_sum, target_log_sum, tilt, tilt, tilt, centre + log_sum, k, 0.0, FORWARD, REVERSE)
+    # What rounding takes from a centre, its log-sum keeps.
+    lost = tl.fma(top, unit + tl.zeros_like(top), -centre)
+    target_lost = tl.fma(target_top, target_unit + tl.zeros_like(top), -target_centre)
+    tl.store(loss + row, value, mask=here)
+    tl.store(stats + row, centre, mask=here)
+    tl.store(stats + N + row, log_sum + tl.where(lost == lost, lost, 0.0), mask=here)
+    tl.store(stats + 2 * N + row, target_centre, mask=here)
+    tl.store(stats + 3 * N + row, target_log_sum + tl.where(target_lost == target_lost, target_lost, 0.0), mask=here)
+    tl.store(stats + 4 * N + row, tilt, mask=here)
+
+
+@triton.jit
+def probabilities(z, unit, stats, i, N):
+    """(exponents, probabilities) about a row's centre and log-sum, which stand at stats[i] and stats[i + N]."""
+    a = tl.fma(z, unit, -finite(tl.load(stats + i)))
+    return a, tl.exp2(tl.fma(a, LOG2E, -tl.load(stats + i + N) * LOG2E))
+
+
+@kernel
+def pair_mixtures(
+    x, x_stride: tl.int64, target, target_stride: tl.int64, V, N: tl.int64,
+    softcap: tl.float64, logit_scale: tl.float64, target_scale: tl.float64, beta: tl.float64, stats, states, slices,
+    BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """Grid (N, slices). What one slice contributes to KL(p || m) and KL(q || m)."""
+    F: tl.constexpr = stats.dtype.element_ty
+    row, start = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK
+    columns, V = tl.arange(0, BLOCK), V // VECTOR * VECTOR - start
+    cap, scale, beta = number(softcap, F), number(logit_scale, F), number(beta, F)
+    states += (row * slices + tl.program_id(1)) * PAIR_STATE
+    z = logits(x + row * (x_stride // VECTOR * VECTOR) + start, columns, V, cap, scale, F, True)
+    u = target_logits(target + row * (target_stride // VECTOR * VECTOR) + start, columns, V, F)
+    _, p = probabilities(z, unit_of(cap, scale), stats, row, N)
+    _, q = probabilities(u, number(target_scale, F), stats, 2 * N + row, N)
+    m = beta * q + (1 - beta) * p
+    tl.store(states, tl.sum(against(p, m), 0))
+    tl.store(states + 1, tl.sum(against(q, m), 0))
+
+
+@kernel
+def pair_mixed(
+    N: tl.int64, z_loss: tl.float64, beta: tl.float64, states, slices, loss, stats,
+    ROWS: tl.constexpr, SLICES: tl.constexpr,
+):  # fmt: skip
+    """Grid (N / ROWS,). Adds up each row's mixtures, and writes its loss and what its gradient needs of them."""
+    F: tl.constexpr = loss.dtype.element_ty
+    row, slice = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, SLICES)[None, :]
+    states += (row[:, None] * slices + slice) * PAIR_STATE
+    here, there = row < N, (row < N)[:, None] & (slice < slices)
+    mixture = tl.sum(tl.load(states, mask=there, other=0.0), 1)
+    target_mixture = tl.sum(tl.load(states + 1, mask=there, other=0.0), 1)
+    lse = tl.load(stats + row, mask=here, other=0.0) + tl.load(stats + N + row, mask=here, other=0.0)
+    value, tilt = divergence(
+        lse, lse, lse, mixture, target_mixture, lse, number(z_loss, F), number(beta, F), False, False
+    )
+    tl.store(loss + row, value, mask=here)
+    tl.store(stats + 4 * N + row, tilt, mask=here)
+
+
+@kernel
+def pair_grad(
+    x, x_stride: tl.int64, target, target_stride: tl.int64, V, N: tl.int64,
+    z_loss: tl.float64, softcap: tl.float64, logit_scale: tl.float64, target_scale: tl.float64, beta: tl.float64,
+    g, g_stride: tl.int64, upstream: tl.float64, token_weight, token_stride: tl.int64, denominator, unless_one,
+    lse, lse_stride: tl.int64, stats, grad, grad_stride: tl.int64,
+    FORWARD: tl.constexpr, REVERSE: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """Grid (N, parts). The gradient of PART columns of a row, from its statistics."""
+    F: tl.constexpr = stats.dtype.element_ty
+    row, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * PART
+    up, done = weighted_upstream(
+        g, row * g_stride, upstream, token_weight, row * token_stride, denominator, unless_one, F
+    )
+    if done:
+        return
+    up_lse = at(lse, row * lse_stride, 0.0, F)
+    columns, V = tl.arange(0, BLOCK), V // VECTOR * VECTOR
+    x += row * (x_stride // VECTOR * VECTOR)
+    target += row * (target_stride // VECTOR * VECTOR)
+    grad += row * (grad_stride // VECTOR * VECTOR)
+    k, cap, scale = number(z_loss, F), number(softcap, F), number(logit_scale, F)
+    unit, target_unit, beta = unit_of(cap, scale), number(target_scale, F), number(beta, F)
+    lse_of_row = tl.load(stats + row) + tl.load(stats + N + row)
+    A, E, Q = divergence_coefficients(
+        tl.load(stats + 4 * N + row), lse_of_row, k, beta, up * scale, up_lse * scale, FORWARD, REVERSE
+    )
+    nothing = (up == 0) & (up_lse == 0)
+    for start in range(first, tl.minimum(first + PART, V), BLOCK):
+        z = logits(x + start, columns, V - start, cap, scale, F, True)
+        u = target_logits(target + start, columns, V - start, F)
+        a, p = probabilities(z, unit, stats, row, N)
+        b, q = probabilities(u, target_unit, stats, 2 * N + row, N)
+        dx = slope(pair_gradient(a, b, p, q, A, E, Q, beta, FORWARD, REVERSE), z, cap)
+        tl.store(grad + start + columns, tl.where(nothing, 0.0, dx), mask=columns < V - start)
