@@ -13,7 +13,7 @@ import cuda_ptx
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASES, DTYPES, SHAPES
+from cases import CASES, DTYPES, LOSS_CASES, SHAPES, Case
 from check import assert_as_good_as_torch, value_and_grad
 from cuda_engine import DEVICES, cuda_on_host
 
@@ -45,6 +45,31 @@ def test_long_rows(device, dtype, generator):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_other_losses_of_long_rows(device, generator):
+    for turn, case in enumerate(LOSS_CASES):
+        dtype = (torch.float32, torch.bfloat16)[turn % 2]
+        with cuda_on_host(device):
+            compare(case, 2, LONG[dtype][turn % 3], dtype, "mean", generator)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_other_losses_do_not_depend_on_the_place(device, generator):
+    """At any alignment of the logits, the target logits and the gradient."""
+    for case in LOSS_CASES[::4]:
+        for V in 1003, 20011:
+            x, y, options = case.inputs(5, V, torch.bfloat16, generator)
+            options = {name: value for name, value in options.items() if name not in ("mask", "token_weight")}
+            with cuda_on_host(device):
+                whole = value_and_grad(case.loss(), x, None, y, **options, reduction="sum")[1]
+                for i in 0, 3:
+                    own = {k: v[i : i + 1] if k == "probs" else v for k, v in options.items()}
+                    alone = value_and_grad(
+                        case.loss(), x[i : i + 1].clone(), None, y[i : i + 1].clone(), **own, reduction="sum"
+                    )[1]
+                    assert torch.equal(alone[0], whole[i]), case.name
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_a_row_does_not_depend_on_its_place(device, generator):
     """The same bits alone and in a batch, at any alignment, and with a gradient elsewhere aligned than the logits."""
     for dtype in torch.float32, torch.bfloat16:
@@ -68,12 +93,12 @@ def test_threads_in_any_order(device, generator):
     """Barriers are where they must be: the order in which threads run changes nothing."""
     with cuda_on_host(device) as control:
         for dtype, V in (torch.float32, 5001), (torch.bfloat16, 40007), (torch.bfloat16, 3000):
-            for case in CASES[0], CASES[-1]:
+            for case in CASES[0], CASES[-1], LOSS_CASES[8], LOSS_CASES[14], LOSS_CASES[15]:
                 x, y, options = case.inputs(3, V, dtype, generator)
                 results = []
                 for seed in range(4):
                     control.set_schedule_seed(seed)
-                    results.append(value_and_grad(fastloss.cross_entropy, x, None, y, **options))
+                    results.append(value_and_grad(case.loss(), x, None, y, **options))
                 control.set_schedule_seed(0)
                 for loss, grad in results[1:]:
                     assert torch.equal(loss, results[0][0]) and torch.equal(grad, results[0][1])
@@ -162,6 +187,42 @@ def test_case_as_ptx(case, dtype, generator):
 
 
 @needs_ptx
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", LOSS_CASES, ids=lambda case: case.name)
+def test_other_losses_as_ptx(case, dtype, generator):
+    turn = LOSS_CASES.index(case) + DTYPES.index(dtype)
+    shapes = list(SHAPES.values())
+    for arch, reduction in ("sm_80", "mean"), ("sm_90", "none"):
+        turn += 2
+        N, V = shapes[turn % len(shapes)]
+        with cuda_ptx.cuda_as_ptx(arch):
+            compare(case, N, V, dtype, reduction, generator)
+
+
+def compare(case: Case, N: int, V: int, dtype: torch.dtype, reduction: str, g: torch.Generator) -> None:
+    """One of LOSS_CASES against its oracle."""
+    x, y, options = case.inputs(N, V, dtype, g)
+    per_row = case.function == "selective_log_softmax"
+    upstream = case.upstream(N, g) if per_row or reduction == "none" else None
+    options |= {} if per_row else {"reduction": reduction}
+    assert_as_good_as_torch(case.loss(), case.oracle, x, y, options, upstream)
+
+
+PAIRS = [case for case in LOSS_CASES if case.objective.paired]
+
+
+@needs_ptx
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_long_pairs_as_ptx(arch, generator):
+    """Both rows over a cluster's shared memory on sm_90, in slices on sm_80."""
+    for turn, case in enumerate(PAIRS[1::3]):
+        with cuda_ptx.cuda_as_ptx(arch) as emulator:
+            compare(case, 1, 50001, (torch.bfloat16, torch.float32)[turn % 2], "mean", generator)
+        clusters = sum(launch.cluster_barriers for launch in emulator.log)
+        assert (clusters > 0) == (arch == "sm_90")
+
+
+@needs_ptx
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_long_rows_as_ptx(arch, generator):
     """Slices and two kernels on sm_80; clusters with distributed shared memory on sm_90."""
@@ -234,7 +295,9 @@ def test_no_kernel_spills():
     for (arch, name), (registers, stack, local) in found.items():
         assert (stack, local) == (0, 0), f"{name} {arch}"
         # 512 threads at most; three blocks of 128 for 32,000 logits on chip, or ten of 96 with two kernels.
-        assert registers <= (96 if "row_" in name and "float64" not in name else 128), f"{name} {arch}: {registers}"
+        assert registers <= (96 if "row_" in name and not re.search("float64|Lb1ELb0E", name) else 128), (
+            f"{name} {arch}: {registers}"
+        )
 
 
 def test_sixteen_bytes_at_a_time():

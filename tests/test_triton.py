@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import CASES, DTYPES
+from cases import CASES, DTYPES, LOSS_CASES
 from check import assert_as_good_as_torch, value_and_grad
 from gpu_on_cpu import find_ptxemu
 from test_numerics import (  # noqa: F401
@@ -101,6 +101,22 @@ def test_case(engine, case, dtype, generator):
     reduction = "mean" if turn % 2 or "normalizer" in options else "none"
     upstream = torch.rand(N, generator=generator) if reduction == "none" else None
     assert_as_good_as_torch(fastloss.cross_entropy, case.oracle, x, y, {**options, "reduction": reduction}, upstream)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", LOSS_CASES, ids=lambda case: case.name)
+def test_other_losses(engine, case, dtype, generator):
+    """The same of all other losses; long rows are cut into slices."""
+    turn = LOSS_CASES.index(case) + DTYPES.index(dtype)
+    N, V = SMALL[turn % len(SMALL)]
+    per_row = case.function == "selective_log_softmax"
+    for N, V, reduction in (N, V, "mean"), (N, V, "none"), (1, 20000, "mean" if dtype == torch.float32 else None):  # noqa: B020
+        if (per_row and reduction != "none") or reduction is None:
+            continue
+        x, y, options = case.inputs(N, V, dtype, generator)
+        upstream = case.upstream(N, generator) if reduction == "none" else None
+        options |= {} if per_row else {"reduction": reduction}
+        assert_as_good_as_torch(case.loss(), case.oracle, x, y, options, upstream)
 
 
 def test_one_class(engine, generator):
@@ -266,7 +282,7 @@ def test_counts(V, dtype, two, instructions, traffic):
     kernels, upstream = backend.kernels(), device.Upstream(1.0, denominator=out["denominator"])
     with emulated() as log:
         if two:
-            kernels.row_stats(rows, out["loss"], out["stats"], None, False)
+            kernels.row_stats(rows, out["loss"], out["stats"], None, None)
             forward = sum(stats.sector_bytes for stats in log)
             assert forward <= rows.input.nbytes * (1.02 if V > 10000 else 1.08)
             kernels.row_grad(rows, out["stats"], upstream, out["grad"], False)
@@ -285,10 +301,17 @@ VARIANTS = {
     "weight": {"V": 128256, "weight": True},
     "smoothing": {"V": 128256, "label_smoothing": 0.1, "weight": True},
     "softcap": {"V": 128256, "softcap": 30.0},
-    "probabilities": {"V": 128256, "soft": True, "weight": True},
+    "probabilities": {"V": 128256, "objective": Objective.PROBS, "weight": True},
     "statistics": {"V": 128256, "extras": True, "label_smoothing": 0.1},
     "short": {"V": 3000},
+    "listed": {"V": 128256, "objective": Objective.TOPK},
+    "listed, smoothing": {"V": 128256, "objective": Objective.TOPK, "label_smoothing": 0.1, "weight": True},
+    "tail": {"V": 128256, "objective": Objective.TOPK_TAIL},
+    "forward KL": {"V": 128256, "objective": Objective.FORWARD_KL},
+    "reverse KL": {"V": 128256, "objective": Objective.REVERSE_KL},
+    "JS": {"V": 128256, "objective": Objective.JS},
 }
+OVER_N = {"row_finish", "listed_finish", "pair_finish", "pair_mixed"}
 ALWAYS = {("sm_90", torch.bfloat16), ("gfx942", torch.float32)}  # the rest takes minutes
 
 
@@ -298,14 +321,13 @@ def _everything(name: str, dtype: torch.dtype):
 
     def run(kernels: device.Kernels) -> None:
         rows, out = make_rows(2, V, dtype, **options)
-        general = device._general(rows)
-        on_chip = next(v for v in range(V, 0, -8) if kernels.on_chip(rows.input[:, :v], general))
+        on_chip = next(v for v in range(V, 0, -8) if kernels.on_chip(rows._replace(input=rows.input[:, :v])))
         short, made = make_rows(2, on_chip, dtype, **options)
         upstream = device.Upstream(1.0, denominator=out["denominator"])
         if not extras:
             kernels.row_loss_grad(short, upstream, made["loss"], made["grad"], False)
         argmax = torch.empty(2, dtype=torch.int64) if extras else None
-        kernels.row_stats(rows, out["loss"], out["stats"], argmax, extras)
+        kernels.row_stats(rows, out["loss"], out["stats"], argmax, argmax)
         upstream = device.Upstream(*[out["loss"]] * 4) if extras else upstream
         kernels.row_grad(rows, out["stats"], upstream, out["grad"], False)
 
@@ -330,7 +352,7 @@ def test_compiled(name, target, dtype):
         which = launch.kernel.__name__
         assert used.spilled == 0, (which, used)
         assert used.registers * 32 * launch.options["num_warps"] <= 65536, (which, used)
-        if "ptx" in kernel.asm and dtype != torch.float64 and which != "row_finish":
+        if "ptx" in kernel.asm and dtype != torch.float64 and which not in OVER_N:
             assert "ld.global.v4.b32" in kernel.asm["ptx"], which
             assert ("st.global.v4.b32" in kernel.asm["ptx"]) == ("grad" in which), which
 

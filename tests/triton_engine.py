@@ -59,13 +59,17 @@ def launches(run: Callable[[device.Kernels], None]) -> list[Launch]:
 
 
 def make_rows(
-    N: int, V: int, dtype: torch.dtype, soft: bool = False, weight: bool = False, **spec: Any
+    N: int, V: int, dtype: torch.dtype, objective: Objective = Objective.INDEX, weight: bool = False, **spec: Any
 ) -> tuple[Rows, dict[str, torch.Tensor]]:
     """Random rows, and memory for what is computed of them."""
-    x = torch.randn(N, V).mul(3).to(dtype)
-    y = torch.rand(N, V).softmax(1).to(dtype) if soft else torch.randint(V, (N,))
-    spec["objective"] = Objective.PROBS if soft else Objective.INDEX
-    rows = readable(Rows(x, y, torch.rand(V).to(dtype) if weight else None, make_spec(**spec)))
+    x, probs = torch.randn(N, V).mul(3).to(dtype), None
+    if objective.indexed:
+        y = torch.randint(V, (N,) if objective == Objective.INDEX else (N, 5))
+        probs = torch.full(y.shape, 0.1) if y.dim() == 2 else None
+    else:
+        y = torch.rand(N, V).softmax(1).to(dtype)
+    w = torch.rand(V).to(dtype) if weight else None
+    rows = readable(Rows(x, y, w, make_spec(objective=objective, **spec), probs))
     F = rows.compute_dtype
     out = {"loss": torch.empty(N, dtype=F), "stats": torch.empty(device.STATS, N, dtype=F)}
     return rows, {**out, "grad": torch.empty_like(x), "denominator": torch.full((), N, dtype=F)}

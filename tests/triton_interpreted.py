@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import cases
 import pytest
 import torch
-from cases import CASES, DTYPES, SHAPES
+from cases import CASES, DTYPES, LOSS_CASES, SHAPES
 from check import assert_as_good_as_torch
 from test_cross_entropy import (  # noqa: F401
     test_normalizer_may_be_a_tensor,
@@ -18,6 +18,15 @@ from test_cross_entropy import (  # noqa: F401
     test_target_dtypes,
     test_upstream_gradients,
 )
+from test_losses import (  # noqa: F401
+    test_a_row_without_weight_shows_nothing,
+    test_a_tail_of_nearly_nothing,
+    test_gradients_are_finite_at_any_logits,
+    test_inplace,
+    test_reduced_upstream_gradients,
+)
+from test_losses import test_masked_vocabulary as test_masked_vocabulary_of_both  # noqa: F401
+from test_losses import test_no_rows as test_no_rows_of_other_losses  # noqa: F401
 from test_numerics import (  # noqa: F401
     test_all_rows_ignored,
     test_ignored_rows_are_never_read,
@@ -64,6 +73,19 @@ def test_case(engine, case, dtype, generator):
         assert_as_good_as_torch(
             fastloss.cross_entropy, case.oracle, x, y, {**options, "reduction": reduction}, upstream
         )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", LOSS_CASES, ids=lambda case: case.name)
+def test_other_losses(engine, case, dtype, generator):
+    turn = LOSS_CASES.index(case) + DTYPES.index(dtype)
+    for k, (N, V) in enumerate(list(SHAPES.values())[turn % 3 :: 3]):
+        x, y, options = case.inputs(N, V, dtype, generator)
+        per_row = case.function == "selective_log_softmax"
+        reduction = "none" if per_row else ("mean", "none", "sum")[(k + turn // 3) % 3]
+        upstream = case.upstream(N, generator) if reduction == "none" else None
+        options |= {} if per_row else {"reduction": reduction}
+        assert_as_good_as_torch(case.loss(), case.oracle, x, y, options, upstream)
 
 
 @pytest.mark.parametrize("case", CASES[::2], ids=lambda case: case.name)

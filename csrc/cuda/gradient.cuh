@@ -9,6 +9,7 @@ inline namespace FASTLOSS_ISA {
 
 // How a plain gradient k e^(z - centre) is computed; each saves a multiplication for each logit over the one before.
 enum class Form : int {
+  kZero,    // nothing asked, nothing but zeros
   kFar,     // k exp2((x scale - centre) log2(e)): for any centre
   kNear,    // k exp2(x rate + shift): the centre's rounding in powers of two goes into k
   kFolded,  // exp2(x rate + shift), k within the shift: for 16 bits, a few rounding errors of float32 are nothing
@@ -18,14 +19,13 @@ enum class Form : int {
 template <class F>
 struct Gradient {
   Coefficients<F> c;  // times the linear part of phi'
-  F centre;
-  F k;            // exponentials times k are probabilities (plain: times A, too)
-  F rate, shift;  // Form::kNear, kFolded
-  Form form;
-  F target;                                   // the target's own entry
-  int64_t column;                             // of the target, or -1
-  F listed_A, listed_centre, listed_log_sum;  // of the classes that a target lists
-  bool zero;                                  // nothing but zeros
+  F centre = 0;
+  F k = 0;                // exponentials times k are probabilities (plain: times A, too)
+  F rate = 0, shift = 0;  // Form::kNear, kFolded
+  F target = 0;           // the target's own entry
+  int64_t column = -1;    // of the target, or -1
+  F listed_A = 0, listed_centre = 0, listed_log_sum = 0;  // of the classes that a target lists
+  Form form = Form::kFar;
 };
 
 template <class F>
@@ -99,13 +99,11 @@ template <bool kGeneral, class F>
 FASTLOSS_DEVICE Gradient<F> spread_of(const Rows& rows, const RowStats<F>& s, const Coefficients<F>& c,
                                       const Upstream<F>& g) {
   Gradient<F> out;
-  out.zero = g.loss == 0 && g.lse == 0 && g.log_prob == 0 && g.entropy == 0;
+  if (g.loss == 0 && g.lse == 0 && g.log_prob == 0 && g.entropy == 0) out.form = Form::kZero;
   const F scale = F(rows.spec.logit_scale);
   out.c = {c.A * scale, c.E * scale, c.B * scale, c.C * scale, c.Q * scale};
   out.centre = s.centre;
   out.k = std::exp(-s.log_sum) * (kGeneral ? F(1) : out.c.A);
-  out.form = Form::kFar;
-  out.column = -1;
   return out;
 }
 
@@ -134,7 +132,7 @@ FASTLOSS_DEVICE Gradient<F> gradient_of(const Rows& rows, const RowStats<F>& s, 
 // A plain gradient's quickest form that loses nothing.
 FASTLOSS_DEVICE void choose_form(Gradient<float>& g, float scale, bool sixteen_bits) {
   const float rate = scale * kLog2E, top = quotient(g.centre, scale), shift = top * rate;
-  if (!(fabsf(shift) < kNear)) return;
+  if (g.form == Form::kZero || !(fabsf(shift) < kNear)) return;
   g.form = Form::kNear;
   g.rate = rate;
   g.shift = -shift;

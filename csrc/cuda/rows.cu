@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) row_grad(const GradArgs a) {
   }
   __syncthreads();
   const Destination<E> to(slice, a.grad, at.row, at.begin);
-  if (gradient.zero) return write_zeros(slice, to);
+  if (gradient.form == Form::kZero) return write_zeros(slice, to);
   write_gradient<kGeneral, Source::kGlobal>(slice, to, gradient, columns);
   if (!kListed) return;
   __syncthreads();
@@ -189,7 +189,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) row_loss_grad(const LossGradAr
   }
   __syncthreads();
   if (a.cut.slices > 1) cluster_sync();  // all have read the target and each other's parts
-  if (gradient.zero) return write_zeros(slice, to);
+  if (gradient.form == Form::kZero) return write_zeros(slice, to);
   write_gradient<kGeneral, Source::kShared>(slice, to, gradient, columns);
   if (!kListed) return;
   __syncthreads();
