@@ -20,6 +20,8 @@ from torch import Tensor
 import fastloss
 from fastloss.backends import cuda
 from fastloss.backends.native import readable
+from fastloss.bench.cases import Case
+from fastloss.bench.losses import LOSSES
 from fastloss.spec import Rows, make_spec
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))  # where kernels are executed without a GPU
@@ -44,6 +46,7 @@ class Work(NamedTuple):
     N: int
     V: int
     arch: str = "sm_80"
+    loss: str = "plain"  # of fastloss.bench.losses
 
     @property
     def dtype_name(self) -> str:
@@ -51,8 +54,8 @@ class Work(NamedTuple):
 
     @property
     def passes(self) -> int:
-        """How often the logits' size has to move."""
-        return 1 if self.way == FORWARD else 2
+        """How often the logits' size has to move: read, and with target logits these too; the gradient written."""
+        return (1 if self.way == FORWARD else 2) + LOSSES[self.loss].dense
 
 
 @dataclass
@@ -75,7 +78,7 @@ class Count:
     @property
     def on_chip(self) -> bool:
         """Whether one kernel made the loss and the gradient of rows that it read once."""
-        return any("row_loss_grad" in stats.kernel for stats, _ in self.launches)
+        return any("_loss_grad" in stats.kernel for stats, _ in self.launches)
 
     @property
     def kind(self) -> str:
@@ -103,6 +106,8 @@ class Count:
     def targets(self) -> dict[str, tuple[float, bool]]:
         """The bound of each figure that has one, and whether it is met."""
         figures, long = self.figures, self.work.V >= LONG
+        if self.work.loss != "plain":
+            return {}
         met = {name: (limit, figures[name] <= limit) for name, limit in _LIMITS.get((self.kind, long), {}).items()}
         if self.kind != "liger" and long:  # in a short row the sectors at its ends and of its target weigh more
             met["efficiency"] = (0.95, figures["efficiency"] >= 0.95)
@@ -131,7 +136,9 @@ _LIMITS = {
 
 def kernel_name(stats: Any) -> str:
     """As in the sources: mangled names hold it among others."""
-    known = ("row_loss_grad", "row_states", "row_stats", "row_finish", "row_grad", *ONCE)
+    pairs = ("pair_loss_grad", "pair_states", "pair_stats", "pair_finish", "pair_mixtures", "pair_mixed", "pair_grad")
+    listed = ("listed_loss_grad", "listed_stats", "listed_finish", "listed_grad")
+    known = (*pairs, *listed, "row_loss_grad", "row_states", "row_stats", "row_finish", "row_grad", *ONCE)
     return next((name for name in known if name in stats.kernel), stats.kernel)
 
 
@@ -171,15 +178,19 @@ def executed(engine: str, arch: str) -> Iterator[list[Any]]:
 @contextmanager
 def off_chip() -> Iterator[None]:
     """No row stays on chip, however short."""
-    from fastloss.backends.triton import rows
+    from fastloss.backends.triton import listed, pairs, rows
 
-    before = cuda._KERNELS, rows.on_chip
-    cuda._KERNELS = cuda._KERNELS._replace(on_chip=lambda input, general: False)
-    rows.on_chip = lambda input, general: False
+    families = (rows, listed, pairs)
+    before = cuda._KERNELS, *(family.on_chip for family in families)
+    cuda._KERNELS = cuda._KERNELS._replace(on_chip=lambda rows: False)
+    for family in families:
+        family.on_chip = lambda rows: False
     try:
         yield
     finally:
-        cuda._KERNELS, rows.on_chip = before
+        cuda._KERNELS, *saved = before
+        for family, on_chip in zip(families, saved, strict=True):
+            family.on_chip = on_chip
 
 
 def _liger(x: Tensor, y: Tensor) -> Tensor:
@@ -197,17 +208,20 @@ def count(work: Work) -> Count:
     """All launches of the work, small kernels and the backward that finds nothing left to do included."""
     generator = torch.Generator().manual_seed(20)
     x = torch.randn(work.N, work.V, generator=generator).to(work.dtype)
-    y = torch.randint(work.V, (work.N,), generator=generator)
+    case = Case(work.loss, work.dtype_name, work.N, work.V, work.way != FORWARD)
+    torch.manual_seed(20)
+    y, made = LOSSES[work.loss].target(case), LOSSES[work.loss].arguments(case)
     leaf = x.clone().requires_grad_(work.way != FORWARD)
-    loss: Callable[..., Tensor] = _liger if work.engine == "liger" else fastloss.cross_entropy
-    options = {"reduction": "none"} if work.way == PER_ROW else {}
+    ours = fastloss.cross_entropy if work.loss == "plain" else LOSSES[work.loss].ours
+    loss: Callable[..., Tensor] = _liger if work.engine == "liger" else ours
+    options = made | ({"reduction": "none"} if work.way == PER_ROW else {})
     with executed(work.engine, work.arch) as log, off_chip() if work.way == TWO else nullcontext():
         logits = leaf * 1 if work.engine == "liger" and leaf.requires_grad else leaf  # Liger overwrites its logits
         value = loss(logits, y, **options)
         if work.way != FORWARD:
             value.backward(torch.ones_like(value))
         launched = list(log)
-    error = _error(x, y, options, value.detach(), leaf.grad)
+    error = _error(work.loss, x, y, options, value.detach(), leaf.grad)
     if not error < 2**-6:
         raise AssertionError(f"{work}: wrong by {error}, not worth counting")
     main = [(stats, 1.0) for stats in launched if kernel_name(stats) not in ONCE]
@@ -216,9 +230,16 @@ def count(work: Work) -> Count:
     return Count(work, main + [(once[name], work.N / MANY) for name in often], error)
 
 
-def _error(x: Tensor, y: Tensor, options: dict[str, Any], value: Tensor, grad: Tensor | None) -> float:
+def _error(name: str, x: Tensor, y: Tensor, options: dict[str, Any], value: Tensor, grad: Tensor | None) -> float:
+    """Against torch's expression; of a lumped tail, which has none, against the reference backend."""
     exact = x.double().requires_grad_()
-    loss = F.cross_entropy(exact, y, **options)
+    target = y.double() if y.is_floating_point() else y
+    if "tail" in options:
+        with fastloss.use_backend("reference"):
+            loss = LOSSES[name].ours(exact, target, **options)
+    else:
+        expression = F.cross_entropy if name == "plain" else LOSSES[name].torch
+        loss = expression(exact, target, **options)
     got, want = value, loss.detach()
     if grad is not None:
         (want,) = torch.autograd.grad(loss, exact, torch.ones_like(loss))

@@ -29,6 +29,8 @@ _SHAPES = (
     (PER_ROW, 4, 32000), (PER_ROW, 2, 128256), (PER_ROW, 64, 3000),
     (FORWARD, 4, 32000), (FORWARD, 2, 128256), (FORWARD, 64, 3000),
 )  # fmt: skip
+# The other losses: (name, V, whether rows are read once and stay on chip where they can).
+_OTHERS = ("forward KL", "reverse KL", "JS", "top-k KL", "top-k KL, lumped tail")
 _QUICK = ((STEP, 2, 32000), (STEP, 16, 3000), (TWO, 2, 32000))
 
 
@@ -37,6 +39,11 @@ def works(engine: str, quick: bool = False) -> list[Work]:
     ways = (STEP, FORWARD) if engine == "liger" else (STEP, TWO, PER_ROW, FORWARD)
     shapes = [shape for shape in (_QUICK if quick else _SHAPES) if shape[0] in ways]
     table = [Work(engine, way, dtype, N, V) for way, N, V in shapes for dtype in DTYPES]
+    if engine != "liger" and not quick:
+        others = [(loss, V, dtype) for loss in _OTHERS for V in (32000, 128256) for dtype in DTYPES]
+        table += [Work(engine, STEP, dtype, 2, V, loss=loss) for loss, V, dtype in others]
+        if engine == "cuda":
+            table += [Work(engine, STEP, torch.bfloat16, 2, 128256, "sm_90", loss) for loss in _OTHERS]
     if engine == "cuda" and not quick:  # where long rows lie in the shared memory of several blocks
         table += [Work(engine, STEP, dtype, 2, V, "sm_90") for V in (32000, 128256) for dtype in DTYPES]
     return table
@@ -52,18 +59,18 @@ def _marked(count: Count, name: str, form: str = "{:.3f}", value: float | None =
 
 def count_table(counts: Iterable[Count]) -> Table:
     table = Table(pad_edge=False)
-    for name in ("engine", "arch", "way", "rows are", "dtype"):
+    for name in ("engine", "arch", "loss", "way", "rows are", "dtype"):
         table.add_column(name, no_wrap=True)
     for name in ("V", "N", "instructions", "warp slots", "sectors", "reads", "unique", "sectors used", "wrong by"):
         table.add_column(name, justify="right", no_wrap=True)
     before = None
     for c in counts:
         w = c.work
-        if before not in (None, (w.engine, w.way, w.arch)):
+        if before not in (None, (w.engine, w.way, w.arch, w.loss)):
             table.add_section()
-        before = w.engine, w.way, w.arch
+        before = w.engine, w.way, w.arch, w.loss
         table.add_row(
-            w.engine, w.arch, w.way, "" if c.kind in ("liger", FORWARD) else c.kind, w.dtype_name, str(w.V), str(w.N),
+            w.engine, w.arch, w.loss, w.way, "" if c.kind in ("liger", FORWARD) else c.kind, w.dtype_name, str(w.V), str(w.N),
             _marked(c, "instructions", "{:.2f}"), f"{c.figures['slots']:.2f}", _marked(c, "sectors"),
             _marked(c, "reads"), _marked(c, "unique"), _marked(c, "efficiency"), f"{c.error:.0e}",
         )  # fmt: skip
@@ -95,7 +102,7 @@ def _occupancy_cell(o: Occupancy) -> str:
 _NOTES = f"""\
 instructions: PTX, by active threads, for each logit, of all launches of a step; kernels of one block are counted over
 {MANY} rows. warp slots: idle lanes too. sectors: of 32 bytes, as warps request them, over 2 N V size (forward: N V
-size). reads: those of loads over N V size. unique: if each kernel had an infinite cache. sectors used: the share of
+size; 3 N V size where the target is logits). reads: those of loads over N V size. unique: if each kernel had an infinite cache. sectors used: the share of
 their bytes that was asked for. Beside a figure stands its target. torch's kernels around Liger's are not counted."""
 
 _FLIGHT = f"""\

@@ -23,7 +23,9 @@ def test_readme_table_is_up_to_date():
 
 
 MODULES = sorted(
-    f"fastloss.{path.stem}" for path in (ROOT / "python" / "fastloss").glob("*.py") if ">>>" in path.read_text()
+    ".".join(path.relative_to(ROOT / "python").with_suffix("").parts)
+    for path in (ROOT / "python" / "fastloss").rglob("*.py")
+    if ">>>" in path.read_text()
 )
 
 

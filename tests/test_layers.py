@@ -21,6 +21,7 @@ LAYERS = [
     {"losses", "divergences", "topk", "logprobs"},
     {"pointer", "contrastive"},
     {"dense", "embeddings", "adaptive"},
+    {"lm"},
     {"nn"},
     {""},
     {"doctor"},

@@ -4,6 +4,7 @@
 writes their gradient once.
 """
 
+from . import lm
 from .adaptive import AdaptiveLoss, UncertaintyWeighting, robust_loss
 from .backends import explain, use_backend
 from .backends.native import empty_cache
@@ -37,6 +38,7 @@ __all__ = [
     "kl_div",
     "kl_div_with_logits",
     "l1_loss",
+    "lm",
     "mse_loss",
     "pointer_generator_nll",
     "robust_loss",

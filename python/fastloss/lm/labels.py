@@ -28,8 +28,8 @@ def next_token_labels(
         labels: (..., T), integers: the tokens, or with ``shift=False`` what each position predicts.
         shift: False where the labels have been shifted already, or belong to their own position.
         ignore_index: labels of this index do not count.
-        attention_mask: labels' shape, zero on padding, which neither predicts nor is predicted: with padding on the left
-            the first token has nothing to be predicted from.
+        attention_mask: labels' shape, zero on padding, which neither predicts nor is predicted: with padding on the
+            left the first token has nothing to be predicted from.
         document_ids: labels' shape: documents packed into one sequence; a token of another document than the position
             before it is not predicted from there.
         position_ids: labels' shape, the same said by positions that start anew: one that does not grow begins a
@@ -85,7 +85,7 @@ def sliding_windows(tokens: Tensor, window: int, stride: int, *, ignore_index: i
     Args:
         tokens: (L), integers.
         window: tokens that the model sees at once.
-        stride: tokens from one window's start to the next, from 1 to ``window - 1``: each window begins within the last.
+        stride: tokens from one window's start to the next, from 1 to ``window - 1``: each begins within the last.
         ignore_index: the label of a token that counted before.
 
     Returns:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..spec import COMPUTE_DTYPE
 from ..losses import cross_entropy
+from ..spec import COMPUTE_DTYPE
 from .labels import keep, next_token_labels, same_shape
 
 
@@ -37,12 +37,12 @@ def causal_lm_loss(
         token_weight: labels' shape, and shifted with them: multiplies the loss of a label, and counts in the mean's
             denominator.
         options: of `fastloss.cross_entropy`: weight, reduction, label_smoothing, z_loss, softcap, logit_scale,
-            normalizer, out_dtype, inplace, return_stats. A `normalizer` replaces the mean's denominator, as Transformers'
-            ``num_items_in_batch``: the number of labels that count in all batches of one step.
+            normalizer, out_dtype, inplace, return_stats. A `normalizer` replaces the mean's denominator, as
+            Transformers' ``num_items_in_batch``: the number of labels that count in all batches of one step.
 
     Returns:
-        A scalar; with ``reduction="none"`` labels' shape, the loss of position t being that of the label it predicts (so
-        with shift the last column is zero). With return_stats, (loss, stats). Of the logits' dtype, as torch:
+        A scalar; with ``reduction="none"`` labels' shape, the loss of position t being that of the label it predicts
+        (so with shift the last column is zero). With return_stats, (loss, stats). Of the logits' dtype, as torch:
         ``out_dtype=torch.float32`` for a bfloat16 model's. The mean of no label at all is NaN, its gradient zero.
 
     Raises:
@@ -136,8 +136,8 @@ def sequence_cross_entropy(
 ) -> Tensor:
     """``torch.stack([F.cross_entropy(x[:n - 1], y[1:n]) for x, y, n in zip(logits, labels, lengths)]).mean()``
 
-    the mean over sequences of each one's mean over its tokens, so that a short sequence counts as much as a long one; in
-    one pass over the logits.
+    the mean over sequences of each one's mean over its tokens, so that a short sequence counts as much as a long one;
+    in one pass over the logits.
 
     Args:
         logits: (..., T, V).
@@ -149,8 +149,8 @@ def sequence_cross_entropy(
         shift, ignore_index: as in `causal_lm_loss`.
         length_normalised: False for the sum over each sequence's tokens instead of their mean.
         token_weight: labels' shape, shifted with them: weights of each sequence's mean or sum.
-        reduction: over sequences: "mean" (of those with a label that counts; NaN if there is none), "sum", or "none" for
-            (...), where a sequence without labels has zero.
+        reduction: over sequences: "mean" (of those with a label that counts; NaN if there is none), "sum", or "none"
+            for (...), where a sequence without labels has zero.
         options: of `fastloss.cross_entropy`: weight, label_smoothing, z_loss, softcap, logit_scale, out_dtype, inplace.
 
     Raises:

@@ -87,7 +87,7 @@ class Perplexity:
         self.bytes += other.bytes.to(self.nll.device)
 
     def all_reduce(self, group: Any = None) -> Perplexity:
-        """What all processes of ``torch.distributed`` have seen, as a new Perplexity; without it, a copy of this one."""
+        """What all processes of ``torch.distributed`` have seen, as a new Perplexity; without it a copy of this one."""
         whole = Perplexity(shift=self.shift, ignore_index=self.ignore_index, device=self.device)
         whole.merge(self)
         if torch.distributed.is_available() and torch.distributed.is_initialized():

@@ -19,7 +19,8 @@ def _general(rows: Rows) -> bool:
 
 
 def _held(rows: Rows, general: bool) -> int:
-    return elements_of(rows.input.dtype, 16 if general else 32)
+    tail = rows.spec.objective == Objective.TOPK_TAIL
+    return elements_of(rows.input.dtype, 16 if general or tail else 32)
 
 
 def _operands(rows: Rows) -> tuple[Any, ...]:

@@ -1,5 +1,5 @@
-"""The kernels whose targets list classes (top-k), the others being ignored or one class more, the TAIL; states of slices
-are row_kernels.row_states'."""
+"""The kernels whose targets list classes (top-k), the others being ignored or one class more, the TAIL; states of
+slices are row_kernels.row_states'."""
 # mypy: ignore-errors
 
 import triton
@@ -162,7 +162,7 @@ def listed_finish(
         z_y = squashed(z_y, cap, scale)
     z_y, share, counts = tl.where(counts, z_y, NOTHING)[None, :], share[None, :], counts[None, :]
     all_top, all_sum = listed_sums(s, top, z_y, counts, unit, 1, TAIL)
-    value, log_sum, lse, mass, log_prob, tail = finalize_listed(
+    value, log_sum, _, mass, log_prob, tail = finalize_listed(
         s, top, all_top, all_sum, plain, weight_sum, (z_y - all_top[:, None]) * unit, share,
         eps, k, unit, classes, 1, TAIL,
     )  # fmt: skip

@@ -105,7 +105,7 @@ def divergence(
     log_sum, target_log_sum, tilt, mixture, target_mixture, lse, z_loss, beta,
     FORWARD: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """(loss, what the coefficients need): of a KL `tilt` is an expectation, else the mixtures' divergences are given."""
+    """(loss, what the coefficients need): of a KL `tilt` is an expectation; of JS the mixtures' divergences count."""
     if FORWARD:
         loss = (tilt - target_log_sum) + log_sum
     elif REVERSE:

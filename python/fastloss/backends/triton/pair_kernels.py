@@ -99,10 +99,7 @@ def pair_states(
     top, target_top = tl.max(z, 0), tl.max(u, 0)
     a, b = (z - finite(top)) * unit_of(cap, scale), (u - finite(target_top)) * number(target_scale, F)
     e, f = tl.exp2(a * LOG2E), tl.exp2(b * LOG2E)
-    if FORWARD:
-        tilt = tl.where(f > 0, f * (b - a), 0.0)
-    else:
-        tilt = tl.where(e > 0, e * (a - b), 0.0)
+    tilt = tl.where(f > 0, f * (b - a), 0.0) if FORWARD else tl.where(e > 0, e * (a - b), 0.0)
     tl.store(states, top)
     tl.store(states + 1, tl.sum(e, 0))
     tl.store(states + 2, target_top)

@@ -231,6 +231,6 @@ def rescale(grad: Tensor, upstream: Tensor) -> None:
     block = block_of(V, 4 * 32 * elements)
     with on(grad):
         _rescale[(N, triton.cdiv(V, block))](
-            grad, grad.stride(0), V, upstream, BLOCK=block, VECTOR=vector_of(V, grad), num_warps=warps_of(block, elements),
-            **OPTIONS,
+            grad, grad.stride(0), V, upstream, BLOCK=block, VECTOR=vector_of(V, grad),
+            num_warps=warps_of(block, elements), **OPTIONS,
         )  # fmt: skip
