@@ -70,7 +70,8 @@ def count_table(counts: Iterable[Count]) -> Table:
             table.add_section()
         before = w.engine, w.way, w.arch, w.loss
         table.add_row(
-            w.engine, w.arch, w.loss, w.way, "" if c.kind in ("liger", FORWARD) else c.kind, w.dtype_name, str(w.V), str(w.N),
+            w.engine, w.arch, w.loss, w.way, "" if c.kind in ("liger", FORWARD) else c.kind, w.dtype_name,
+            str(w.V), str(w.N),
             _marked(c, "instructions", "{:.2f}"), f"{c.figures['slots']:.2f}", _marked(c, "sectors"),
             _marked(c, "reads"), _marked(c, "unique"), _marked(c, "efficiency"), f"{c.error:.0e}",
         )  # fmt: skip
@@ -102,8 +103,9 @@ def _occupancy_cell(o: Occupancy) -> str:
 _NOTES = f"""\
 instructions: PTX, by active threads, for each logit, of all launches of a step; kernels of one block are counted over
 {MANY} rows. warp slots: idle lanes too. sectors: of 32 bytes, as warps request them, over 2 N V size (forward: N V
-size; 3 N V size where the target is logits). reads: those of loads over N V size. unique: if each kernel had an infinite cache. sectors used: the share of
-their bytes that was asked for. Beside a figure stands its target. torch's kernels around Liger's are not counted."""
+size; where the target is logits, one more). reads: those of loads over N V size. unique: if each kernel had an infinite
+cache. sectors used: the share of their bytes that was asked for. Beside a figure stands its target. torch's kernels
+around Liger's are not counted."""
 
 _FLIGHT = f"""\
 need: {LATENCY * 1e9:.0f} ns x bandwidth / multiprocessors. have: blocks on a multiprocessor x bytes that a block asks

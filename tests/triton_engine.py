@@ -100,8 +100,9 @@ class Resources(NamedTuple):
 
 def resources(kernel: Any) -> Resources:
     if "amdgcn" in kernel.asm:
-        found = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count|sgpr_spill_count): +(\d+)", kernel.asm["amdgcn"]))
-        return Resources(int(found["vgpr_count"]), int(found["vgpr_spill_count"]) + int(found["sgpr_spill_count"]))
+        # Scalars that find no register of their own go into lanes of vector registers, not to memory.
+        found = dict(re.findall(r"\.(vgpr_count|private_segment_fixed_size): +(\d+)", kernel.asm["amdgcn"]))
+        return Resources(int(found["vgpr_count"]), int(found["private_segment_fixed_size"]))
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"

@@ -19,8 +19,7 @@ def _general(rows: Rows) -> bool:
 
 
 def _held(rows: Rows, general: bool) -> int:
-    tail = rows.spec.objective == Objective.TOPK_TAIL
-    return elements_of(rows.input.dtype, 16 if general or tail else 32)
+    return elements_of(rows.input.dtype, 16 if general else 32)
 
 
 def _operands(rows: Rows) -> tuple[Any, ...]:
