@@ -1,0 +1,1 @@
+"""What several examples share: real text, small models, the training loop."""
