@@ -23,7 +23,9 @@ def data(vocab: int) -> tuple[list[tuple[list[int], int]], list[str], int]:
     chosen = [item for item in items if item.package in names]
     texts = [text.words(f"{item.first} {item.rest}")[:60] for item in chosen]
     vocabulary = text.Vocabulary(texts, vocab)
-    labelled = [(vocabulary.encode(t) or [text.PAD], names.index(i.package)) for t, i in zip(texts, chosen, strict=True)]
+    labelled = [
+        (vocabulary.encode(t) or [text.PAD], names.index(i.package)) for t, i in zip(texts, chosen, strict=True)
+    ]
     return labelled, names, len(vocabulary)
 
 

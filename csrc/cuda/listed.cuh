@@ -9,32 +9,41 @@ inline namespace FASTLOSS_ISA {
 
 template <class F>
 struct Listed {
-  int count;        // of picks, not of classes
-  int64_t* column;  // -1: ignored, or listed before
-  F *logit, *share;
+  int count;                // of picks, not of classes
+  int64_t *given, *column;  // column: -1 where ignored, or listed before
+  F *probs, *logit, *share;
 
   FASTLOSS_DEVICE Listed(const Rows& rows, unsigned char* memory)
       : count(rows.spec.listed() ? int(rows.picks) : 0),
-        column(reinterpret_cast<int64_t*>(memory)),
-        logit(reinterpret_cast<F*>(column + count)),
+        given(reinterpret_cast<int64_t*>(memory)),
+        column(given + count),
+        probs(reinterpret_cast<F*>(column + count)),
+        logit(probs + count),
         share(logit + count) {}
 
   // All threads; a barrier must follow. Logits are read of columns from `begin` to `end` only: others may be gradients
   // by now.
   FASTLOSS_DEVICE void fill(const Rows& rows, int64_t row, const Columns<F>& columns, int64_t begin,
                             int64_t end) const {
-    const int64_t* y = rows.target + row * rows.picks;
-    const F* q = reinterpret_cast<const F*>(rows.probs.row(row));
-    for (int k = int(threadIdx.x); k < count; k += int(blockDim.x)) {
-      const int64_t j = y[k];
+    const int me = int(threadIdx.x), step = int(blockDim.x);
+    for (int k = me; k < count; k += step) {
+      given[k] = rows.target[row * rows.picks + k];
+      probs[k] = reinterpret_cast<const F*>(rows.probs.row(row))[k];
+    }
+    __syncthreads();
+    for (int k = me; k < count; k += step) {
+      const int64_t j = given[k];
       column[k] = -1, logit[k] = 0, share[k] = 0;
       if (j == rows.ignore_index) continue;
       FASTLOSS_ASSERT(j >= 0 && j < rows.input.cols, "target: class index out of bounds");
       bool before = false;
-      for (int i = 0; i < k; ++i) before = before || y[i] == j;
-      if (before) continue;
       F sum = 0;
-      for (int i = k; i < count; ++i) sum += y[i] == j ? q[i] : F(0);
+      for (int i = 0; i < count; ++i) {
+        if (given[i] != j) continue;
+        before = before || i < k;
+        sum += probs[i];
+      }
+      if (before) continue;
       column[k] = j;
       share[k] = sum * class_weight<F>(rows, j);
       if (j >= begin && j < end) logit[k] = columns.bent(element<F>(rows.input.row(row), rows.input.dtype, j));

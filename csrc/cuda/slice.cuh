@@ -25,7 +25,7 @@ FASTLOSS_HD constexpr int64_t slice_bytes(int64_t columns, int64_t size) {
 
 // The bytes that a target's listed classes take after it (listed.cuh); `size`: of the compute type.
 FASTLOSS_HD inline int64_t listed_bytes(const Rows& rows, int64_t size) {
-  return rows.spec.listed() ? (rows.picks * (8 + 2 * size) + 15) / 16 * 16 : 0;
+  return rows.spec.listed() ? (rows.picks * (16 + 3 * size) + 15) / 16 * 16 : 0;
 }
 
 // Which row and which of its slices a block works on.

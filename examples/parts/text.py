@@ -22,7 +22,7 @@ PAD, UNKNOWN, START, END = range(4)
 
 
 class Documented(NamedTuple):
-    """A function or class: `package` is where its module lies, `first` its docstring's first line, `rest` the others."""
+    """A function or class: `package` is where its module lies, `first` its docstring's first line, `rest` the rest."""
 
     package: str
     name: str

@@ -27,9 +27,11 @@ def _operands(rows: Rows) -> tuple[Any, ...]:
     return x, x.stride(0), target, rows.probs, target.shape[1], rows.weight, x.shape[1]
 
 
-def _list(rows: Rows) -> dict[str, Any]:
-    picks = max(1, rows.target.shape[1])
-    return {"TAIL": rows.spec.objective == Objective.TOPK_TAIL, "PICKS": triton.next_power_of_2(picks)}
+def _list(rows: Rows, warps: int) -> dict[str, Any]:
+    """The list is as long as there are threads: of a shorter one each element would lie in several."""
+    picks = max(32 * warps, rows.target.shape[1])
+    tail = rows.spec.objective == Objective.TOPK_TAIL
+    return {"TAIL": tail, "PICKS": triton.next_power_of_2(picks), "num_warps": warps, **OPTIONS}
 
 
 def on_chip(rows: Rows) -> bool:
@@ -45,8 +47,7 @@ def row_loss_grad(rows: Rows, upstream: Upstream, loss: Tensor, grad: Tensor, un
     with on(x):
         listed_kernels.listed_loss_grad[(N,)](
             *_operands(rows), *rows.spec[:5], *upstream_of(upstream), int(unless_one), loss, grad, grad.stride(0),
-            GENERAL=general, **_list(rows), BLOCK=block, VECTOR=vector_of(V, x, grad),
-            num_warps=warps_of(block, elements), **OPTIONS,
+            GENERAL=general, BLOCK=block, VECTOR=vector_of(V, x, grad), **_list(rows, warps_of(block, elements)),
         )  # fmt: skip
 
 
@@ -58,8 +59,7 @@ def row_stats(rows: Rows, loss: Tensor, stats: Tensor, argmax: Tensor | None, ra
     with on(loss):
         listed_kernels.listed_finish[(N,)](
             *_operands(rows), N, *rows.spec[:5], states, slices, loss, stats, argmax,
-            GENERAL=general, EXTRAS=extras, **_list(rows), BLOCK=block, SLICES=triton.next_power_of_2(slices),
-            num_warps=1, **OPTIONS,
+            GENERAL=general, EXTRAS=extras, BLOCK=block, SLICES=triton.next_power_of_2(slices), **_list(rows, 1),
         )  # fmt: skip
 
 
@@ -73,6 +73,6 @@ def row_grad(rows: Rows, stats: Tensor, upstream: Upstream, grad: Tensor, unless
         listed_kernels.listed_grad[(N, triton.cdiv(V, PART))](
             *_operands(rows), N, *rows.spec[:5], *upstream_of(upstream), int(unless_one),
             *strided(upstream.lse), *strided(upstream.entropy), stats, grad, grad.stride(0),
-            GENERAL=general, **_list(rows), BLOCK=block, PART=PART, VECTOR=vector_of(V, x, grad),
-            num_warps=warps_of(block, elements), **OPTIONS,
+            GENERAL=general, BLOCK=block, PART=PART, VECTOR=vector_of(V, x, grad),
+            **_list(rows, warps_of(block, elements)),
         )  # fmt: skip
