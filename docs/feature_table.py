@@ -49,8 +49,9 @@ def markdown(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 def losses() -> list[tuple[str, ...]]:
     """Every public function whose docstring opens with a torch expression, and that expression."""
     found = []
-    for name in fastloss.__all__:
-        function = getattr(fastloss, name)
+    public = {name: getattr(fastloss, name) for name in fastloss.__all__}
+    public |= {f"lm.{name}": getattr(fastloss.lm, name) for name in fastloss.lm.__all__}
+    for name, function in public.items():
         doc = inspect.getdoc(function) or ""
         if inspect.isfunction(function) and doc.startswith("``"):
             found.append((f"`{name}`", " ".join(doc.split("\n\n")[0].split()).replace("``", "`")))

@@ -203,3 +203,16 @@ def test_uncertainty_weighting():
         combine(mse)
     with pytest.raises(ValueError, match="kinds: expected"):
         fastloss.UncertaintyWeighting(["other"])
+
+
+def test_kl_div_modules(generator):
+    """PyTorch's own samples for its module, through ours."""
+    common = pytest.importorskip("torch.testing._internal.common_modules")
+    (info,) = [m for m in common.module_db if m.module_cls is torch.nn.KLDivLoss]
+    samples = info.module_inputs_func(info, device="cpu", dtype=torch.float64, requires_grad=True, training=True)
+    assert len(samples) > 5
+    for sample in samples:
+        made, given = sample.constructor_input, sample.forward_input
+        modules = [cls(*made.args, **made.kwargs) for cls in (fastloss.KLDivLoss, torch.nn.KLDivLoss)]
+        torch.testing.assert_close(*(module(*given.args, **given.kwargs) for module in modules))
+        assert repr(modules[0]) == repr(modules[1])

@@ -14,7 +14,7 @@ from .divergences import js_div_with_logits, kl_div_with_logits
 from .embeddings import cosine_embedding_loss, cosine_similarity_loss, gaussian_kl, triplet_margin_loss
 from .logprobs import RowStats, row_stats, selective_log_softmax, softmax_entropy
 from .losses import CrossEntropyStats, cross_entropy
-from .nn import CrossEntropyLoss
+from .nn import CrossEntropyLoss, KLDivLoss
 from .pointer import pointer_generator_nll
 from .topk import topk_cross_entropy, topk_kl_div
 
@@ -24,6 +24,7 @@ __all__ = [
     "AdaptiveLoss",
     "CrossEntropyLoss",
     "CrossEntropyStats",
+    "KLDivLoss",
     "RowStats",
     "UncertaintyWeighting",
     "binary_cross_entropy_with_logits",

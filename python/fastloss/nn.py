@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .dense import kl_div
 from .losses import cross_entropy
 
 
@@ -66,3 +67,10 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             inplace=self.inplace,
             return_stats=self.return_stats,
         )
+
+
+class KLDivLoss(torch.nn.KLDivLoss):
+    """``torch.nn.KLDivLoss(size_average, reduce, reduction, log_target)``: see `fastloss.kl_div`."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return kl_div(input, target, reduction=self.reduction, log_target=self.log_target)
