@@ -129,6 +129,9 @@ struct TailStats {
   F mass, rest;       // of the target: of all; of the tail
 };
 
+// What is left of one may be rounding; of a tail without classes it would weigh infinitely.
+constexpr double kRounding = 1e-5;
+
 // `tail`: the others' state. `y`: the listed ones' sums, about `centre`, and `log_sum` that of all about it.
 template <class F>
 FASTLOSS_HD inline TailStats<F> finalize_tail(const Spec& spec, const RowState<F>& tail, const RowTarget<F>& y,
@@ -141,6 +144,7 @@ FASTLOSS_HD inline TailStats<F> finalize_tail(const Spec& spec, const RowState<F
     row.log_prob = log_prob > 0 ? F(0) : log_prob;
   }
   row.rest = y.mass < 1 ? 1 - y.mass : F(0);
+  if (!(tail.sum > 0) && row.rest < F(kRounding)) row.rest = 0;
   row.mass = y.mass + row.rest;
   *loss = -(y.plain - times(y.mass, log_sum)) - times(row.rest, row.log_prob);
   *loss += times(F(spec.z_loss), row.lse * row.lse);

@@ -205,6 +205,7 @@ def test_uncertainty_weighting():
         fastloss.UncertaintyWeighting(["other"])
 
 
+@pytest.mark.filterwarnings("ignore:reduction. 'mean':UserWarning")  # torch's own
 def test_kl_div_modules(generator):
     """PyTorch's own samples for its module, through ours."""
     common = pytest.importorskip("torch.testing._internal.common_modules")

@@ -54,7 +54,7 @@ struct Listed {
   template <class E>
   FASTLOSS_DEVICE void hide(const Slice<E>& slice, int64_t begin) const {
     copy_async_wait<0>();
-    __syncthreads();
+    __syncthreads();  // after fill(), too
     auto* elements = reinterpret_cast<typename E::Storage*>(slice.stage) + slice.lead;
     for (int k = int(threadIdx.x); k < count; k += int(blockDim.x)) {
       const int64_t j = column[k] - begin;

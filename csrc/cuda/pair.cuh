@@ -53,47 +53,72 @@ struct PairColumns {
     centre = s.centre, k = std::exp(-s.log_sum);
     target_centre = s.target_centre, target_k = std::exp(-s.target_log_sum);
   }
-  FASTLOSS_DEVICE F difference_of(F z) const { return difference(z, logits.scale, centre); }
-  FASTLOSS_DEVICE F target_difference_of(F u) const { return difference(u, target_scale, target_centre); }
+  // From logits (bent) and target logits to their exponents about the centres.
+  template <int K>
+  FASTLOSS_DEVICE void exponents(F (&z)[K], F (&u)[K]) const {
+    differences(z, logits.scale, centre);
+    differences(u, target_scale, target_centre);
+  }
+  template <int K>
+  FASTLOSS_DEVICE void bend_all(F (&x)[K]) const {
+    if (logits.cap > 0)
+      for (F& v : x) v = logits.bent(v);
+  }
+
+ private:
+  template <int K>
+  static FASTLOSS_DEVICE void differences(F (&x)[K], F scale, F M) {
+    if ((M < 0 ? -M : M) < F(kNear))
+      for (F& v : x) v = fused(v, scale, -M);
+    else
+      for (F& v : x) v = product(v, scale) - M;
+  }
 };
+
+template <class F, int K>
+FASTLOSS_DEVICE F largest(const F (&x)[K]) {
+  F m = x[0];
+  for (int i = 1; i < K; ++i) m = larger(m, x[i]);
+  return m;
+}
 
 // The state of one thread's columns.
 template <class E, class F = typename E::Compute>
-FASTLOSS_DEVICE PairState<F> sum_up(const PairSlices<E>& slices, const PairColumns<F>& columns) {
+FASTLOSS_DEVICE PairState<F> sum_up(const PairSlices<E>& slices, PairColumns<F> columns) {
   PairState<F> s;
   slices.for_groups([&](const typename E::Chunk& in, const typename E::Chunk& target, int first) {
     constexpr int K = E::kCount;
-    F z[K], u[K], M = s.centre, U = s.target_centre;
+    F z[K], u[K];
     E::unpack(in, z);
     E::unpack(target, u);
+    columns.bend_all(z);
+    if (first + K > slices.x.count)
+      for (int i = 0; i < K; ++i)
+        if (first + i >= slices.x.count) z[i] = u[i] = -INFINITY;
+    const F M = larger(s.centre, product(largest(z), columns.logits.scale));
+    const F U = larger(s.target_centre, product(largest(u), columns.target_scale));
+    if (M != s.centre || U != s.target_centre) s = recentre(s, M, U, columns.of_target());
+    columns.centre = M == -INFINITY ? F(0) : M, columns.target_centre = U == -INFINITY ? F(0) : U;
+    columns.exponents(z, u);
     for (int i = 0; i < K; ++i) {
-      const bool here = first + i < slices.x.count;
-      z[i] = here ? columns.logits.bent(z[i]) : -INFINITY;
-      u[i] = here ? u[i] : -INFINITY;
-      M = larger(M, product(z[i], columns.logits.scale));
-      U = larger(U, product(u[i], columns.target_scale));
-    }
-    s = recentre(s, M, U, columns.of_target());
-    const F at = M == -INFINITY ? F(0) : M, target_at = U == -INFINITY ? F(0) : U;
-    for (int i = 0; i < K; ++i) {
-      const F a = difference(z[i], columns.logits.scale, at), e = exponential(a);
-      const F b = difference(u[i], columns.target_scale, target_at), f = exponential(b);
+      const F e = exponential(z[i]), f = exponential(u[i]);
       s.sum += e;
       s.target_sum += f;
+      // Of the exponents' difference, in the expectation's own direction.
       if (columns.of_target())
-        s.tilt += f > 0 ? f * (b - a) : F(0);
+        s.tilt += f > 0 ? f * (u[i] - z[i]) : F(0);
       else
-        s.tilt += e > 0 ? e * (a - b) : F(0);
+        s.tilt += e > 0 ? e * (z[i] - u[i]) : F(0);
     }
   });
   return s;
 }
 
-// p log(p / m), by a logarithm that is near zero where p and m are alike.
+// p log(p / m), by a logarithm that is near zero where p and m are alike. Of numbers so small that m vanished, too.
 template <class F>
 FASTLOSS_DEVICE F against(F p, F m) {
-  const F ratio = quotient(m, p), most = -Limits<F>::kLowest / 4;
-  return p > 0 ? -p * F(std::log(ratio < most ? ratio : most)) : F(0);
+  const F ratio = quotient(m, p), most = -Limits<F>::kLowest / 4, least = 1 / most;
+  return p > 0 ? -p * F(std::log(ratio < most ? (ratio > least ? ratio : least) : most)) : F(0);
 }
 
 template <class E, class F = typename E::Compute>
@@ -103,9 +128,10 @@ FASTLOSS_DEVICE Mixture<F> mix(const PairSlices<E>& slices, const PairColumns<F>
     F x[E::kCount], u[E::kCount];
     E::unpack(in, x);
     E::unpack(target, u);
+    columns.bend_all(x);
+    columns.exponents(x, u);
     for (int i = 0; i < E::kCount && first + i < slices.x.count; ++i) {
-      const F p = columns.k * exponential(columns.difference_of(columns.logits.bent(x[i])));
-      const F q = columns.target_k * exponential(columns.target_difference_of(u[i]));
+      const F p = columns.k * exponential(x[i]), q = columns.target_k * exponential(u[i]);
       const F m = columns.beta * q + (1 - columns.beta) * p;
       sums.logits += against(p, m);
       sums.target += against(q, m);
@@ -114,33 +140,32 @@ FASTLOSS_DEVICE Mixture<F> mix(const PairSlices<E>& slices, const PairColumns<F>
   return sums;
 }
 
-template <class F>
-FASTLOSS_DEVICE F gradient_of(F x, F u, const Coefficients<F>& c, const PairColumns<F>& columns) {
-  const F z = columns.logits.bent(x), a = columns.difference_of(z), p = columns.k * exponential(a);
-  const F b = columns.target_difference_of(u), q = columns.target_k * exponential(b);
-  F dx;
-  if (columns.objective == Objective::kReverseKL)
-    dx = epilogue(c, p, p > 0 ? a - b : F(0), F(0), F(0));
-  else if (columns.of_target())
-    dx = epilogue(c, p, F(0), F(0), q);
-  else
-    dx = epilogue(c, p, F(0), F(0), against(p, columns.beta * q + (1 - columns.beta) * p));
-  return columns.logits.cap > 0 ? dx * bend(z, columns.logits.cap) : dx;
-}
-
 // The gradient of a slice, from both rows in shared memory.
 template <class E, class F = typename E::Compute>
 FASTLOSS_DEVICE void write_gradient(const PairSlices<E>& slices, const Destination<E>& to, const Coefficients<F>& c,
                                     const PairColumns<F>& columns) {
+  // Chunks may reach beyond the slice; what is computed there is not written.
   for_chunks<Source::kShared, 1>(slices.x, to, [&](const typename E::Chunk& in, int column) {
-    F x[E::kCount], u[E::kCount];
-    E::unpack(in, x);
+    constexpr int K = E::kCount;
+    F z[K], dx[K], u[K];
+    E::unpack(in, z);
     E::unpack(slices.u.elements(column), u);
-    for (int i = 0; i < E::kCount; ++i) {
-      const int j = column + i;
-      x[i] = j >= 0 && j < slices.x.count ? gradient_of(x[i], u[i], c, columns) : F(0);
+    columns.bend_all(z);
+    for (int i = 0; i < K; ++i) dx[i] = z[i];
+    columns.exponents(dx, u);
+    for (int i = 0; i < K; ++i) {
+      const F a = dx[i], p = columns.k * exponential(a);
+      if (columns.objective == Objective::kReverseKL) {
+        dx[i] = epilogue(c, p, p > 0 ? a - u[i] : F(0), F(0), F(0));
+        continue;
+      }
+      const F q = columns.target_k * exponential(u[i]);
+      dx[i] =
+          epilogue(c, p, F(0), F(0), columns.of_target() ? q : against(p, columns.beta * q + (1 - columns.beta) * p));
     }
-    return E::pack(x);
+    if (columns.logits.cap > 0)
+      for (int i = 0; i < K; ++i) dx[i] *= bend(z[i], columns.logits.cap);
+    return E::pack(dx);
   });
 }
 

@@ -257,15 +257,9 @@ FASTLOSS_DEVICE Part<F> sum_up(const Slice<E>& slice, const Columns<F>& columns)
   return sums.part();
 }
 
-template <class F>
-struct Listed;
-
-// `hidden`: classes that do not count.
+// Of a slice whose copies are under way.
 template <bool kGeneral, class E, class F = typename E::Compute>
-FASTLOSS_DEVICE Part<F> reduce(const Slice<E>& slice, const Columns<F>& columns, Board<F>& board,
-                               const Listed<F>* hidden = nullptr) {
-  slice.load();
-  if (hidden) hidden->hide(slice, columns.begin);
+FASTLOSS_DEVICE Part<F> reduce(const Slice<E>& slice, const Columns<F>& columns, Board<F>& board) {
   const Part<F> part =
       slice.lead == 0 ? sum_up<kGeneral, true>(slice, columns) : sum_up<kGeneral, false>(slice, columns);
   return join_warps<kGeneral>(part, board);

@@ -49,8 +49,12 @@ __global__ void __launch_bounds__(kMaxThreads, 1) row_states(const StatesArgs a)
     columns.rival = element<F>(a.rows.input.row(at.row), a.rows.input.dtype, target_of(a.rows, at.row));
   const Listed<F> listed = listed_of(a.rows, a.cut.columns);
   const bool tail = kListed && a.rows.spec.objective == Objective::kTopKTail;
-  if (tail) listed.fill(a.rows, at.row, columns, at.begin, at.end);
-  const Part<F> part = reduce<kGeneral>(slice, columns, header().board, tail ? &listed : nullptr);
+  slice.load();
+  if (tail) {
+    listed.fill(a.rows, at.row, columns, at.begin, at.end);
+    listed.hide(slice, at.begin);
+  }
+  const Part<F> part = reduce<kGeneral>(slice, columns, header().board);
   if (threadIdx.x > 0) return;
   const RowState<F>& s = part.state;
   F* out = static_cast<F*>(a.states) + int64_t(blockIdx.x) * kStates;
@@ -164,12 +168,12 @@ __global__ void __launch_bounds__(kMaxThreads, 1) row_loss_grad(const LossGradAr
   const int64_t y = target_of(a.rows, at.row);
   const Columns<F> columns(a.rows, at.row, at.begin);
   const Listed<F> listed = listed_of(a.rows, a.cut.columns);
-  if (listed.count)
-    listed.fill(a.rows, at.row, columns, 0, a.rows.input.cols);  // its barrier: in hide() or in join_warps()
   const bool tail = kListed && a.rows.spec.objective == Objective::kTopKTail;
   Board<F>& board = header().board;
-  const Part<F> mine = reduce<kGeneral>(slice, columns, board, tail ? &listed : nullptr);
-  const Part<F> part = join_blocks<kGeneral>(mine, board, a.cut.slices);
+  slice.load();
+  if (kListed) listed.fill(a.rows, at.row, columns, 0, a.rows.input.cols);
+  if (tail) listed.hide(slice, at.begin);
+  const Part<F> part = join_blocks<kGeneral>(reduce<kGeneral>(slice, columns, board), board, a.cut.slices);
   if (kListed) __syncthreads();
   Gradient<F>& gradient = header().gradient;
   if (kListed ? warp_id() == 0 : threadIdx.x == 0) {

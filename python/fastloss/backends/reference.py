@@ -16,6 +16,8 @@ from torch import Tensor
 from ..reduction import valid_rows
 from ..spec import COMPUTE_DTYPE, Objective, Rows, Spec
 
+ROUNDING = 1e-5  # what is left of one may be rounding; of a tail without classes it would weigh infinitely
+
 
 class RowResult(NamedTuple):
     """Per-row loss and statistics, (N,) each, in the compute dtype; loss and log_prob 0 where the target is ignored.
@@ -91,6 +93,8 @@ def _topk_tail(rows: Rows, z: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
     V = z.shape[1]
     is_listed = torch.zeros(z.shape[0], V + 1, dtype=torch.bool, device=z.device)
     is_listed = is_listed.scatter(1, torch.where(rows.target == rows.spec.ignore_index, V, indices), True)[:, :V]
+    nothing = (is_listed | (z == -torch.inf)).all(-1)
+    rest = rest.masked_fill(nothing & (rest < ROUNDING), 0)
     # A row without a tail keeps its logits, and a zero does not meet the infinity of an empty sum.
     tail = torch.logsumexp(z.masked_fill(is_listed & (rest > 0)[:, None], -torch.inf), -1) - torch.logsumexp(z, -1)
     log_prob = _dot(q, log_p.gather(1, indices)) + rest * tail

@@ -5,7 +5,7 @@ slices are row_kernels.row_states'."""
 import triton
 import triton.language as tl
 
-from .loss import epilogue, slope, squashed, times, unit_of
+from .loss import ROUNDING, epilogue, slope, squashed, times, unit_of
 from .row_kernels import NOTHING, STATE, at, hidden, kernel, logits, number, spread, weighted_upstream, weights
 from .state import LOG2E, exp, merge
 
@@ -43,6 +43,7 @@ def finalize_listed(
         tail = tl.where(s > 0, (top - all_top) * unit + (tl.log(s) - log_sum), NOTHING)
         tail = tl.where(tail > 0, 0.0, tail)
         rest = tl.where(listed_mass < 1, 1 - listed_mass, 0.0)
+        rest = tl.where((rest < ROUNDING) & (tail == NOTHING), 0.0, rest)
         mass = listed_mass + rest
         loss = -log_prob - times(rest, tail)
     else:
@@ -86,7 +87,7 @@ def listed_loss_grad(
     if done:
         return
     y, share, w_y, counts = listed_classes(target, probs, weight, picks, V, ignore_index, F, PICKS)
-    if tl.sum(counts.to(tl.int32), 0) == 0:
+    if (tl.sum(counts.to(tl.int32), 0) == 0) | (up == 0):
         tl.store(grad + columns, tl.zeros((BLOCK,), F), mask=columns < V)
         tl.store(loss + row, 0.0)
         return
@@ -116,7 +117,7 @@ def listed_loss_grad(
     A_y = up * tl.fma(2 * k, lse, mass)
     if TAIL:
         rest = tl.where(tl.sum(share, 0) < 1, 1 - tl.sum(share, 0), 0.0)
-        A, B, C = (A_y * exp(tail) - up * rest) / s, up, 0.0 * up
+        A, B, C = tl.where(s > 0, (A_y * exp(tail) - up * rest) / s, 0.0), up, 0.0 * up
     else:
         A, B, C = A_y / s, up * (1 - eps), times(eps / classes, up)
     dx = A * e

@@ -14,6 +14,8 @@ import triton.language as tl
 
 from .state import exp
 
+ROUNDING = tl.constexpr(1e-5)  # what is left of one may be rounding; of a tail without classes it would be infinite
+
 
 @triton.jit
 def times(weight, value):
@@ -95,8 +97,9 @@ def coefficients(
 
 @triton.jit
 def against(p, m):
-    """p log(p / m), by a logarithm that is near zero where p and m are alike."""
-    ratio = tl.minimum(m / tl.where(p > 0, p, 1.0), 1e37)
+    """p log(p / m), by a logarithm that is near zero where p and m are alike. Of numbers so small that m vanished,
+    too."""
+    ratio = tl.maximum(tl.minimum(m / tl.where(p > 0, p, 1.0), 1e37), 1e-37)
     return tl.where(p > 0, -p * tl.log(ratio), 0.0)
 
 

@@ -118,11 +118,12 @@ def row_loss_grad(
         probs = target + row * (target_stride // VECTOR * VECTOR)
     else:
         y, ignored = label(tl.load(target + row), V, ignore_index)
-        if ignored:
-            tl.store(grad + columns, tl.zeros((BLOCK,), F), mask=columns < V)
-            tl.store(loss + row, 0.0)
-            return
+        up = tl.where(ignored, 0.0, up)
         w_y = at(weight, y, 1.0, F)
+    if up == 0:  # a row that is ignored or has no weight: whatever it holds does not count
+        tl.store(grad + columns, tl.zeros((BLOCK,), F), mask=columns < V)
+        tl.store(loss + row, 0.0)
+        return
     eps, k, cap, scale = number(label_smoothing, F), number(z_loss, F), number(softcap, F), number(logit_scale, F)
     unit, plain, mass = scale, number(0.0, F), number(0.0, F)
 
