@@ -67,9 +67,11 @@ def pair_loss_grad(
     tilt, mixture, target_mixture = number(0.0, F), number(0.0, F), number(0.0, F)
     if FORWARD:
         tilt = tl.sum(tl.where(q > 0, q * (b - a), 0.0), 0) / t
-    if REVERSE:
-        tilt = tl.sum(tl.where(p > 0, p * (a - b), 0.0), 0) / s
     p, q = p / s, q / t
+    if REVERSE:
+        r = tl.where(p > 0, a - b, 0.0)
+        tilt = tl.sum(p * r, 0)
+        tilt += tl.sum(p * (r - tilt), 0)  # every entry of the gradient is its r less this mean
     if not FORWARD and not REVERSE:
         m = beta * q + (1 - beta) * p
         mixture, target_mixture = tl.sum(against(p, m), 0), tl.sum(against(q, m), 0)
