@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from cases import TOLERANCE
+from cases import TOLERANCE, Case
 from torch import Tensor
 
 
@@ -64,3 +64,12 @@ def assert_as_good_as_torch(
         found, allowed = error(a, t, floor), error(b, t, floor)
         allowed = allowed if allowed < float("inf") else 0.0
         assert found <= allowed + TOLERANCE[x.dtype] + noise, f"{name}: {found:.2e}, torch {allowed:.2e}"
+
+
+def assert_case(case: Case, N: int, V: int, dtype: torch.dtype, reduction: str, g: torch.Generator) -> None:
+    """A case of the table at one size; what is never reduced (selective_log_softmax) is not."""
+    x, y, options = case.inputs(N, V, dtype, g)
+    per_row = case.function == "selective_log_softmax"
+    upstream = case.upstream(N, g) if per_row or reduction == "none" else None
+    options |= {} if per_row else {"reduction": reduction}
+    assert_as_good_as_torch(case.loss(), case.oracle, x, y, options, upstream)

@@ -13,8 +13,8 @@ import cuda_ptx
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASES, DTYPES, LOSS_CASES, SHAPES, Case
-from check import assert_as_good_as_torch, value_and_grad
+from cases import CASES, DTYPES, LOSS_CASES, SHAPES
+from check import assert_as_good_as_torch, assert_case, value_and_grad
 from cuda_engine import DEVICES, cuda_on_host
 
 import fastloss
@@ -49,7 +49,7 @@ def test_other_losses_of_long_rows(device, generator):
     for turn, case in enumerate(LOSS_CASES):
         dtype = (torch.float32, torch.bfloat16)[turn % 2]
         with cuda_on_host(device):
-            compare(case, 2, LONG[dtype][turn % 3], dtype, "mean", generator)
+            assert_case(case, 2, LONG[dtype][turn % 3], dtype, "mean", generator)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -196,16 +196,7 @@ def test_other_losses_as_ptx(case, dtype, generator):
         turn += 2
         N, V = shapes[turn % len(shapes)]
         with cuda_ptx.cuda_as_ptx(arch):
-            compare(case, N, V, dtype, reduction, generator)
-
-
-def compare(case: Case, N: int, V: int, dtype: torch.dtype, reduction: str, g: torch.Generator) -> None:
-    """One of LOSS_CASES against its oracle."""
-    x, y, options = case.inputs(N, V, dtype, g)
-    per_row = case.function == "selective_log_softmax"
-    upstream = case.upstream(N, g) if per_row or reduction == "none" else None
-    options |= {} if per_row else {"reduction": reduction}
-    assert_as_good_as_torch(case.loss(), case.oracle, x, y, options, upstream)
+            assert_case(case, N, V, dtype, reduction, generator)
 
 
 PAIRS = [case for case in LOSS_CASES if case.objective.paired]
@@ -217,7 +208,7 @@ def test_long_pairs_as_ptx(arch, generator):
     """Both rows over a cluster's shared memory on sm_90, in slices on sm_80."""
     for turn, case in enumerate(PAIRS[1::3]):
         with cuda_ptx.cuda_as_ptx(arch) as emulator:
-            compare(case, 1, 50001, (torch.bfloat16, torch.float32)[turn % 2], "mean", generator)
+            assert_case(case, 1, 50001, (torch.bfloat16, torch.float32)[turn % 2], "mean", generator)
         clusters = sum(launch.cluster_barriers for launch in emulator.log)
         assert (clusters > 0) == (arch == "sm_90")
 

@@ -10,7 +10,7 @@ import cases
 import pytest
 import torch
 from cases import CASES, DTYPES, LOSS_CASES, SHAPES
-from check import assert_as_good_as_torch
+from check import assert_as_good_as_torch, assert_case
 from test_cross_entropy import (  # noqa: F401
     test_normalizer_may_be_a_tensor,
     test_out_dtype_and_autocast,
@@ -80,12 +80,7 @@ def test_case(engine, case, dtype, generator):
 def test_other_losses(engine, case, dtype, generator):
     turn = LOSS_CASES.index(case) + DTYPES.index(dtype)
     for k, (N, V) in enumerate(list(SHAPES.values())[turn % 3 :: 3]):
-        x, y, options = case.inputs(N, V, dtype, generator)
-        per_row = case.function == "selective_log_softmax"
-        reduction = "none" if per_row else ("mean", "none", "sum")[(k + turn // 3) % 3]
-        upstream = case.upstream(N, generator) if reduction == "none" else None
-        options |= {} if per_row else {"reduction": reduction}
-        assert_as_good_as_torch(case.loss(), case.oracle, x, y, options, upstream)
+        assert_case(case, N, V, dtype, ("mean", "none", "sum")[(k + turn // 3) % 3], generator)
 
 
 @pytest.mark.parametrize("case", CASES[::2], ids=lambda case: case.name)
