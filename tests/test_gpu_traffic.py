@@ -114,3 +114,14 @@ def test_bytes_in_flight():
     assert gpu_occupancy.in_flight(stats) == 1024
     stats.per_pc = loads
     assert gpu_occupancy.in_flight(stats) == 2048
+
+
+@pytest.mark.parametrize(
+    ("loss", "limit"), [("forward KL", 1.01), ("JS", 1.01), ("top-k KL", 1.05), ("top-k KL, lumped tail", 1.05)]
+)
+def test_other_losses_move_what_they_must(loss, limit):
+    """On chip each operand is read once and the gradient written once, JS's two rounds or not."""
+    done = counted(Work("cuda", STEP, torch.bfloat16, 2, 32000, loss=loss))
+    assert done.on_chip and done.figures["local bytes"] == 0
+    assert done.figures["sectors"] <= limit
+    assert done.work.passes == (2 if "top-k" in loss else 3)
