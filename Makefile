@@ -23,7 +23,7 @@ test-all: $(VENV)/.test  ## all tests
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 sanitize: $(VENV)/.test  ## the native tests under AddressSanitizer and UndefinedBehaviorSanitizer
-	$(BIN)/python -m pip install -q --no-deps --upgrade --target $(SANITIZED) -C cmake.define.FASTLOSS_SANITIZE=ON \
+	$(BIN)/python -m pip install -q --no-build-isolation --no-deps --upgrade --target $(SANITIZED) -C cmake.define.FASTLOSS_SANITIZE=ON \
 	  -C cmake.define.FASTLOSS_CUDA=OFF -C build-dir=build/sanitize/objects .
 	PYTHONPATH=$(SANITIZED) LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc $(BIN)/python -m pytest -q tests/test_native.py tests/test_numerics.py \
@@ -52,8 +52,8 @@ gpu-traffic: $(VENV)/.test  ## count what the GPU kernels execute and move, with
 docs: $(VENV)/.dev  ## the generated part of README.md
 	$(BIN)/python docs/feature_table.py README.md
 
-wheel: $(VENV)/.venv  ## a wheel in dist/
-	$(BIN)/python -m pip wheel --no-deps -w dist .
+wheel: $(VENV)/.build  ## a wheel in dist/
+	$(BIN)/python -m pip wheel --no-build-isolation --no-deps -w dist .
 
 aarch64:  ## the CPU kernels for NEON, compiled and run (needs g++-aarch64-linux-gnu and qemu-user)
 	mkdir -p build
@@ -73,7 +73,13 @@ $(VENV)/.venv:
 	$(PYTHON) -m venv $(VENV)
 	touch $@
 
+# What builds the package lives in .venv, not in a new environment for each build: paths stay the same, and only what
+# changed is compiled again.
+$(VENV)/.build: $(VENV)/.venv
+	$(BIN)/python -m pip install -q "scikit-build-core>=0.10" "pybind11>=2.13" cmake ninja
+	touch $@
+
 # One stamp per extra: installed again when a source changes.
-$(VENV)/.demo $(VENV)/.test $(VENV)/.dev: $(VENV)/.%: $(VENV)/.venv constraints.txt $(SOURCES)
-	$(BIN)/python -m pip install -q -c constraints.txt ".[$*]"
+$(VENV)/.demo $(VENV)/.test $(VENV)/.dev: $(VENV)/.%: $(VENV)/.build constraints.txt $(SOURCES)
+	$(BIN)/python -m pip install -q --no-build-isolation -c constraints.txt ".[$*]"
 	touch $@

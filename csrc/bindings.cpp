@@ -73,6 +73,28 @@ void merge_states(uintptr_t a, uintptr_t b, uintptr_t out, int64_t N) {
                     reinterpret_cast<double*>(out), N);
 }
 
+// (address, rows, columns, row stride, column stride, dtype code).
+using StridedFields = std::tuple<uintptr_t, int64_t, int64_t, int64_t, int64_t, int>;
+
+Strided strided(const StridedFields& t) {
+  const auto [address, rows, cols, row_stride, col_stride, code] = t;
+  const Matrix m = matrix(address, rows, cols, row_stride, code);
+  return {m.data, m.rows, m.cols, row_stride, col_stride, m.dtype};
+}
+
+void matmul(const StridedFields& a, const StridedFields& b, uintptr_t out, int64_t stride, uintptr_t start, bool add,
+            int threads) {
+  const Product p{strided(a), strided(b), reinterpret_cast<void*>(out), stride, reinterpret_cast<const void*>(start),
+                  add,        threads};
+  if (p.a.cols != p.b.rows) throw std::invalid_argument("matmul: a's columns are not b's rows");
+  if ((p.a.dtype == DType::kFloat64) != (p.b.dtype == DType::kFloat64))
+    throw std::invalid_argument("matmul: float64 goes with float64");
+  if (p.a.rows == 0 || p.b.cols == 0) return;
+  if (!out || stride < p.b.cols) throw std::invalid_argument("matmul: out has no address, or its rows overlap");
+  const py::gil_scoped_release release;
+  kernels(p.a.dtype).matmul(p);
+}
+
 // Recycled memory as a Python buffer; it goes back to the cache when the last tensor over it is gone.
 struct PyBuffer {
   Buffer buffer;
@@ -90,6 +112,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("row_loss", &row_loss);
   m.def("row_grad", &row_grad);
   m.def("row_loss_grad", &row_loss_grad);
+  m.def("matmul", &matmul);
   m.def("available_isas", &available_isas);
   m.def("current_isa", &current_isa);
   m.def("use_isa", &use_isa);

@@ -11,6 +11,12 @@ from engines import ENGINES, ISAS, on_engine
 from fastloss.backends import native
 
 
+@pytest.fixture(autouse=True)
+def _same_numbers() -> None:
+    """Samples that torch's own material draws from the global generator: the same in every run, alone or not."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(params=ENGINES)
 def engine(request: pytest.FixtureRequest) -> Iterator[str]:
     """A backend, forced for the test."""

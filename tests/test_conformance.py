@@ -81,11 +81,6 @@ def module_samples(dtype: torch.dtype) -> list[Sample]:
 SOURCES = {"op": op_samples, "module": module_samples}
 
 
-@pytest.fixture(autouse=True)
-def _same_samples() -> None:
-    torch.manual_seed(0)
-
-
 @pytest.fixture(params=ONE_OF_EACH)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     with on_engine(request.param):

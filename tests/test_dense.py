@@ -215,5 +215,6 @@ def test_kl_div_modules(generator):
     for sample in samples:
         made, given = sample.constructor_input, sample.forward_input
         modules = [cls(*made.args, **made.kwargs) for cls in (fastloss.KLDivLoss, torch.nn.KLDivLoss)]
-        torch.testing.assert_close(*(module(*given.args, **given.kwargs) for module in modules))
+        # Targets below zero are among the samples: NaN on both sides.
+        torch.testing.assert_close(*(module(*given.args, **given.kwargs) for module in modules), equal_nan=True)
         assert repr(modules[0]) == repr(modules[1])

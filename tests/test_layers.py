@@ -19,6 +19,7 @@ LAYERS = [
     {"rows"},
     {"evaluate"},
     {"losses", "divergences", "topk", "logprobs"},
+    {"linear"},
     {"pointer", "contrastive"},
     {"dense", "embeddings", "adaptive"},
     {"lm"},

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <vector>
 
+#include "matmul.h"
 #include "pair.h"
 #include "parallel.h"
 #include "row.h"
@@ -172,7 +173,7 @@ void merge_states(const double* a, const double* b, double* out, int64_t N) {
 
 template <class F>
 constexpr Kernels kernels_in() {
-  return {FASTLOSS_ISA_NAME, row_states<F>, merge_states, row_loss<F>, row_grad<F>, row_loss_grad<F>};
+  return {FASTLOSS_ISA_NAME, row_states<F>, merge_states, row_loss<F>, row_grad<F>, row_loss_grad<F>, matmul<F>};
 }
 
 }  // namespace

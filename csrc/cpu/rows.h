@@ -25,6 +25,28 @@ struct Reduced {
   bool streaming = false;  // write the gradient past the caches
 };
 
+// Operands of a product: strides in elements, any, also negative or zero.
+struct Strided {
+  void* data = nullptr;
+  int64_t rows = 0, cols = 0, row_stride = 0, col_stride = 0;
+  DType dtype = DType::kFloat32;
+
+  const char* at(int64_t i, int64_t j) const {
+    return static_cast<const char*>(data) + (i * row_stride + j * col_stride) * size_of(dtype);
+  }
+};
+
+// C (M, N), of the compute type, its rows contiguous: a b, or C + a b with `add`; or with `start` (N,), of the compute
+// type too, start + a b.
+struct Product {
+  Strided a, b;
+  void* out = nullptr;
+  int64_t stride = 0;
+  const void* start = nullptr;
+  bool add = false;
+  int threads = 1;
+};
+
 // A kernel table: `..._states` what each row's part of the vocabulary contributes, for `merge_states`; `..._loss`
 // statistics and losses; `..._grad` the gradient from them; `..._loss_grad` both at once, each row's gradient while the
 // row is in cache, which returns the reduced loss.
@@ -35,6 +57,7 @@ struct Kernels {
   void (*row_loss)(const Rows&, const RowOutputs&);
   void (*row_grad)(const Rows&, const void* stats, const Vector upstream[4], const Matrix& grad);
   double (*row_loss_grad)(const Rows&, const Reduced&);
+  void (*matmul)(const Product&);
 };
 
 }  // namespace fastloss

@@ -149,6 +149,47 @@ def classes_last(input: Tensor, name: str = "input") -> Tensor:
     return input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
 
 
+def check_linear(input: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "", positions: bool = False) -> None:
+    """Hidden states (..., H) and a last layer (V, H), (V); with `positions` also (V, d1, ..., dK, H). `prefix` stands
+    before the arguments' names."""
+    for name, value in (("input", input), ("linear_weight", weight), ("linear_bias", bias)):
+        if value is None and name == "linear_bias":
+            continue
+        if not isinstance(value, Tensor):
+            raise TypeError(f"argument '{prefix}{name}' must be Tensor, not {type(value).__name__}")
+        if value.dtype not in COMPUTE_DTYPE or value.layout is not torch.strided:
+            raise NotImplementedError(
+                f"{prefix}{name}: expected a strided tensor in float32, bfloat16, float16 or float64, got "
+                f"{value.dtype} {value.layout}"
+            )
+        if value.device != input.device:
+            raise RuntimeError(f"{prefix}{name}: expected a tensor on {input.device}, got one on {value.device}")
+        if value.dtype != input.dtype and not (_under_autocast(input) and value.dtype != torch.float64):
+            raise RuntimeError(f"{prefix}{name}: expected input's dtype, {input.dtype}, got {value.dtype}")
+    if input.dim() < 1:
+        raise RuntimeError(f"{prefix}input: expected input with dimensionality 1 or more, got {input.dim()}")
+    if weight.dim() < 2 or (weight.dim() > 2 and not positions):
+        more = "at least 2" if positions else "2"
+        raise RuntimeError(
+            f"{prefix}linear_weight: expected linear_weight with dimensionality {more}, got {weight.dim()}"
+        )
+    if input.shape[-1] != weight.shape[-1]:
+        raise RuntimeError(
+            f"{prefix}linear_weight: expected equal input and linear_weight last dimensions (in_features), got "
+            f"{input.shape[-1]} and {weight.shape[-1]}, respectively"
+        )
+    if bias is not None and bias.shape != weight.shape[:-1]:
+        raise RuntimeError(
+            f"{prefix}linear_bias: expected linear_bias shape {tuple(weight.shape[:-1])}, got {tuple(bias.shape)}"
+        )
+    if weight.dim() > 2 and input.dim() != 2:
+        raise RuntimeError(
+            f"{prefix}input: K-dimensional loss defined by linear_weight shape {tuple(weight.shape)} requires batched "
+            f"input, (N, {input.shape[-1]}), got "
+            f"{'unbatched ' if input.dim() == 1 else ''}input with shape {tuple(input.shape)}"
+        )
+
+
 def beside(tensor: Tensor, name: str, input: Tensor, shape: torch.Size, integral: bool = False) -> Tensor:
     """A tensor that must have this shape and stand on input's device."""
     if not isinstance(tensor, Tensor):

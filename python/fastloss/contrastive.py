@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .linear import MAX_CHUNK_BYTES, linear_cross_entropy
 from .losses import cross_entropy
 
 
@@ -45,25 +46,8 @@ def info_nce(
 
     Memory: the (N, N + M) similarities and their gradient.
     """
-    for name, x in (("query", query), ("key", key), ("negatives", negatives)):
-        if x is not None and (not isinstance(x, Tensor) or x.dim() != 2 or x.shape[1] != query.shape[1]):
-            got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"{name}: expected a Tensor of shape (N, D) like query, got {got}")
-    if key.shape != query.shape:
-        raise ValueError(f"key: expected query's shape {tuple(query.shape)}, got {tuple(key.shape)}")
-    if symmetric and negatives is not None:
-        raise ValueError("negatives: expected None with symmetric=True, whose keys are queries too")
-    if normalize:
-        query, key = F.normalize(query, dim=-1), F.normalize(key, dim=-1)
-        negatives = None if negatives is None else F.normalize(negatives, dim=-1)
+    query, key, negatives, scale = _pairs(query, key, negatives, temperature, symmetric, normalize)
     logits = query @ (key if negatives is None else torch.cat([key, negatives])).T
-    scale = 1.0
-    if isinstance(temperature, Tensor):
-        logits = logits / temperature
-    elif not temperature > 0:
-        raise ValueError(f"temperature: expected a number > 0, got {temperature}")
-    else:
-        scale = 1.0 / temperature
     labels = torch.arange(len(query), device=query.device)
 
     def loss(similarities: Tensor) -> Tensor:
@@ -78,3 +62,69 @@ def info_nce(
         )
 
     return (loss(logits) + loss(logits.T)) / 2 if symmetric else loss(logits)
+
+
+def linear_info_nce(
+    query: Tensor,
+    key: Tensor,
+    *,
+    negatives: Tensor | None = None,
+    temperature: float | Tensor = 0.07,
+    symmetric: bool = False,
+    normalize: bool = True,
+    label_smoothing: float = 0.0,
+    token_weight: Tensor | None = None,
+    reduction: str = "mean",
+    out_dtype: torch.dtype | None = None,
+    max_chunk_bytes: int = MAX_CHUNK_BYTES,
+) -> Tensor:
+    r"""``F.cross_entropy(normalize(query) @ normalize(key).T / temperature, arange(N))``
+
+    without the (N, N + M) similarities: `info_nce` for batches whose square does not fit, as cross-entropy whose
+    classifier is the other batch. Arguments, result and errors as there; with symmetric=True the similarities are made
+    twice.
+
+    Memory: gradients of query and keys, and max_chunk_bytes.
+    """
+    query, key, negatives, scale = _pairs(query, key, negatives, temperature, symmetric, normalize)
+    labels = torch.arange(len(query), device=query.device)
+
+    def loss(rows: Tensor, classes: Tensor) -> Tensor:
+        return linear_cross_entropy(
+            rows,
+            classes,
+            labels,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+            logit_scale=scale,
+            token_weight=token_weight,
+            out_dtype=out_dtype,
+            max_chunk_bytes=max_chunk_bytes,
+        )
+
+    one = loss(query, key if negatives is None else torch.cat([key, negatives]))
+    return (one + loss(key, query)) / 2 if symmetric else one
+
+
+def _pairs(
+    query: Tensor, key: Tensor, negatives: Tensor | None, temperature: float | Tensor, symmetric: bool, normalize: bool
+) -> tuple[Tensor, Tensor, Tensor | None, float]:
+    """Checked, scaled to length one if asked for, and what the similarities must be multiplied by."""
+    for name, x in (("query", query), ("key", key), ("negatives", negatives)):
+        if x is not None and (not isinstance(x, Tensor) or x.dim() != 2 or x.shape[1] != query.shape[1]):
+            got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"{name}: expected a Tensor of shape (N, D) like query, got {got}")
+    if key.shape != query.shape:
+        raise ValueError(f"key: expected query's shape {tuple(query.shape)}, got {tuple(key.shape)}")
+    if symmetric and negatives is not None:
+        raise ValueError("negatives: expected None with symmetric=True, whose keys are queries too")
+    if not isinstance(temperature, Tensor) and not temperature > 0:
+        raise ValueError(f"temperature: expected a number > 0, got {temperature}")
+    if normalize:
+        query, key = F.normalize(query, dim=-1), F.normalize(key, dim=-1)
+        negatives = None if negatives is None else F.normalize(negatives, dim=-1)
+    if not isinstance(temperature, Tensor):
+        return query, key, negatives, 1.0 / temperature
+    # One that may be learned divides the keys: that costs (N, D), and reaches every similarity.
+    negatives = None if negatives is None else negatives / temperature
+    return query, key / temperature, negatives, 1.0

@@ -12,7 +12,7 @@ from .evaluate import reduced_loss
 from .spec import Objective, Rows, make_spec
 
 _DIRECTIONS = {"forward": Objective.FORWARD_KL, "reverse": Objective.REVERSE_KL}
-_REDUCTIONS = ("none", "mean", "batchmean", "sum")
+KL_REDUCTIONS = ("none", "mean", "batchmean", "sum")
 
 
 def kl_div_with_logits(
@@ -63,11 +63,16 @@ def kl_div_with_logits(
     >>> kl_div_with_logits(student, teacher)
     tensor(0.4388)
     """
-    if direction not in _DIRECTIONS:
-        raise ValueError(f"direction: expected 'forward' or 'reverse', got {direction!r}")
     shape = (softcap, logit_scale, z_loss, temperature)
     weights = (token_weight, mask, reduction, normalizer, out_dtype, inplace)
-    return _divergence(input, target_logits, _DIRECTIONS[direction], 0.5, shape, weights)
+    return _divergence(input, target_logits, objective_of(direction), 0.5, shape, weights)
+
+
+def objective_of(direction: str) -> Objective:
+    """Of a KL."""
+    if direction not in _DIRECTIONS:
+        raise ValueError(f"direction: expected 'forward' or 'reverse', got {direction!r}")
+    return _DIRECTIONS[direction]
 
 
 def js_div_with_logits(
@@ -98,12 +103,16 @@ def js_div_with_logits(
     All else as in `kl_div_with_logits`. The logarithm is of quotients near one where p and q are alike: the loss keeps
     its digits as the student learns.
     """
-    if not isinstance(beta, (int, float)) or not 0 <= beta <= 1:
-        raise ValueError(f"beta: expected a number in [0, 1], got {beta!r}")
-    objective = Objective.FORWARD_KL if beta == 0 else Objective.REVERSE_KL if beta == 1 else Objective.JS
     shape = (softcap, logit_scale, z_loss, temperature)
     weights = (token_weight, mask, reduction, normalizer, out_dtype, inplace)
-    return _divergence(input, target_logits, objective, float(beta), shape, weights)
+    return _divergence(input, target_logits, *objective_of_beta(beta), shape, weights)
+
+
+def objective_of_beta(beta: float) -> tuple[Objective, float]:
+    """Of a JS, which in its limits is a KL."""
+    if not isinstance(beta, (int, float)) or not 0 <= beta <= 1:
+        raise ValueError(f"beta: expected a number in [0, 1], got {beta!r}")
+    return Objective.FORWARD_KL if beta == 0 else Objective.REVERSE_KL if beta == 1 else Objective.JS, float(beta)
 
 
 def _divergence(
@@ -113,7 +122,7 @@ def _divergence(
     token_weight, mask, reduction, normalizer, out_dtype, inplace = weights
     x = arguments.classes_last(input)
     u = arguments.classes_last(arguments.beside(target_logits, "target_logits", input, input.shape), "target_logits")
-    to = arguments.as_reduction(input, reduction, token_weight, mask, normalizer, out_dtype, _REDUCTIONS)
+    to = arguments.as_reduction(input, reduction, token_weight, mask, normalizer, out_dtype, KL_REDUCTIONS)
     if inplace:
         arguments.check_inplace(input, x)
     spec = make_spec(-100, 0.0, z_loss, softcap, logit_scale, objective, temperature, beta)

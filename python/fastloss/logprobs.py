@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from . import arguments, rows
 from .evaluate import needs_reference, row_losses
-from .spec import Objective, Rows, make_spec
+from .spec import COMPUTE_DTYPE, Objective, Rows, make_spec
 
 
 class RowStats(NamedTuple):
@@ -148,19 +148,27 @@ def selective_log_softmax(
 
     Memory: O(N K + V); in the backward the gradient.
     """
-    x = arguments.classes_last(input)
-    shape = input.shape[:-1]
-    many = isinstance(index, Tensor) and index.dim() == input.dim()
-    expected = torch.Size((*shape, index.shape[-1])) if many else shape
-    y = arguments.beside(index, "index", input, expected, integral=True)
-    objective = Objective.TOPK if many else Objective.INDEX
-    spec = make_spec(ignore_index, 0.0, 0.0, softcap, logit_scale, objective, temperature)
-    if many:
-        y = y.reshape(x.shape[0], index.shape[-1])
-        log_prob, entropy = rows.selected(x, y, spec, return_entropy, needs_reference(Rows(x, y, None, spec)))
+    chosen, expected = selective_rows(input, index, (ignore_index, temperature, softcap, logit_scale))
+    if chosen.probs is not None:
+        log_prob, entropy = rows.selected(*chosen[:2], chosen.spec, return_entropy, needs_reference(chosen))
     else:
-        row = row_losses(Rows(x, y.reshape(-1), None, spec), extras=return_entropy)
+        row = row_losses(chosen, extras=return_entropy)
         log_prob = -row.loss if row.log_prob is None else row.log_prob
         entropy = log_prob if row.entropy is None else row.entropy
     log_prob = log_prob.reshape(expected)
-    return (log_prob, entropy.reshape(shape)) if return_entropy else log_prob
+    return (log_prob, entropy.reshape(input.shape[:-1])) if return_entropy else log_prob
+
+
+def selective_rows(input: Tensor, index: Tensor, numbers: tuple[Any, ...]) -> tuple[Rows, torch.Size]:
+    """Checked rows of logits (..., V) and the classes (...) or (..., K) chosen of them, and the result's shape;
+    numbers: ignore_index, temperature, softcap, logit_scale. `probs` is given where many are chosen."""
+    ignore_index, temperature, softcap, logit_scale = numbers
+    x = arguments.classes_last(input)
+    many = isinstance(index, Tensor) and index.dim() == input.dim()
+    expected = torch.Size((*input.shape[:-1], index.shape[-1])) if many else input.shape[:-1]
+    y = arguments.beside(index, "index", input, expected, integral=True)
+    objective = Objective.TOPK if many else Objective.INDEX
+    spec = make_spec(ignore_index, 0.0, 0.0, softcap, logit_scale, objective, temperature)
+    y = y.reshape(x.shape[0], index.shape[-1]) if many else y.reshape(-1)
+    probs = x.new_zeros(y.shape, dtype=COMPUTE_DTYPE[x.dtype]) if many else None
+    return Rows(x, y, None, spec, probs), expected

@@ -183,7 +183,7 @@ def cross_entropy(
         return loss.reshape(shape) if reduction == "none" else loss
     row = row_losses(rows, True, inplace)
     loss = reduce_rows(row.loss, rows, to).to(to.dtype)
-    return loss.reshape(shape) if reduction == "none" else loss, _stats(row, rows, shape)
+    return loss.reshape(shape) if reduction == "none" else loss, stats_of(row, rows, shape)
 
 
 def _row_shape(input: Tensor, target: Tensor) -> torch.Size:
@@ -193,7 +193,8 @@ def _row_shape(input: Tensor, target: Tensor) -> torch.Size:
     return input.shape[:1] + input.shape[2:] if input.dim() > 1 else torch.Size(())
 
 
-def _stats(row: RowLoss, rows: Rows, shape: torch.Size) -> CrossEntropyStats:
+def stats_of(row: RowLoss, rows: Rows, shape: torch.Size) -> CrossEntropyStats:
+    """What return_stats gives, from the rows' statistics."""
     valid = valid_rows(rows)
     correct = None if valid is None else ((row.argmax == rows.target) & valid).reshape(shape)
     lse, log_prob, entropy, argmax = (t.reshape(shape) for t in row[1:5] if t is not None)

@@ -27,10 +27,11 @@ def reduce_rows(loss: Tensor, rows: Rows, to: Reduction) -> Tensor:
     total = loss.sum()
     if to.normalizer is not None:
         return total / to.normalizer
-    return total if to.kind == "sum" else total / _mean_denominator(loss, rows, to)
+    return total if to.kind == "sum" else total / mean_denominator(loss, rows, to)
 
 
-def _mean_denominator(loss: Tensor, rows: Rows, to: Reduction) -> Tensor:
+def mean_denominator(loss: Tensor, rows: Rows, to: Reduction) -> Tensor:
+    """The summed weights of the rows that count, for a loss (N,) of any values."""
     counts = torch.ones_like(loss) if to.token_weight is None else to.token_weight
     valid = valid_rows(rows)
     if valid is None:

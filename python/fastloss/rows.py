@@ -6,7 +6,7 @@ reduced loss whose gradient is written in the forward, while each row is in cach
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,9 +28,9 @@ _ROWS_SCHEMA = (
     "Tensor input, Tensor target, Tensor? weight, Tensor? probs, int ignore_index, float label_smoothing, "
     "float z_loss, float softcap, float logit_scale, int objective, float target_scale, float beta"
 )
-_library = torch.library.Library("fastloss", "DEF")
-_library.define(f"row_loss({_ROWS_SCHEMA}, bool extras) -> (Tensor, Tensor, Tensor, Tensor)")
-_library.define(f"row_grad({_ROWS_SCHEMA}, Tensor stats, Tensor?[] upstream) -> Tensor")
+library = torch.library.Library("fastloss", "DEF")
+library.define(f"row_loss({_ROWS_SCHEMA}, bool extras) -> (Tensor, Tensor, Tensor, Tensor)")
+library.define(f"row_grad({_ROWS_SCHEMA}, Tensor stats, Tensor?[] upstream) -> Tensor")
 
 
 def _flat(rows: Rows) -> tuple[Any, ...]:
@@ -42,24 +42,29 @@ def _record(
     input: Tensor, target: Tensor, weight: Tensor | None, probs: Tensor | None, *numbers: Any
 ) -> tuple[Rows, list[Any]]:
     """Rows from the arguments of _ROWS_SCHEMA, and what follows them."""
-    ignore_index, smoothing, z_loss, softcap, scale, objective, target_scale, beta, *rest = numbers
-    spec = Spec(ignore_index, smoothing, z_loss, softcap, scale, Objective(objective), target_scale, beta)
+    spec, rest = record_spec(numbers)
     return Rows(input, target, weight, spec, probs), rest
 
 
-@torch.library.impl(_library, "row_loss", "CompositeExplicitAutograd")
+def record_spec(numbers: Sequence[Any]) -> tuple[Spec, list[Any]]:
+    """The spec that stands flat at the head of `numbers`, and what follows it."""
+    ignore_index, smoothing, z_loss, softcap, scale, objective, target_scale, beta, *rest = numbers
+    return Spec(ignore_index, smoothing, z_loss, softcap, scale, Objective(objective), target_scale, beta), rest
+
+
+@torch.library.impl(library, "row_loss", "CompositeExplicitAutograd")
 def _row_loss(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, (extras,) = _record(*args)
     return choose(rows).row_loss(rows, extras)
 
 
-@torch.library.impl(_library, "row_grad", "CompositeExplicitAutograd")
+@torch.library.impl(library, "row_grad", "CompositeExplicitAutograd")
 def _row_grad(*args: Any) -> Tensor:
     rows, (stats, upstream) = _record(*args)
     return choose(rows).row_grad(rows, stats, upstream)
 
 
-@torch.library.register_fake("fastloss::row_loss", lib=_library)
+@torch.library.register_fake("fastloss::row_loss", lib=library)
 def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, (extras,) = _record(*args)
     N, new = rows.input.shape[0], rows.input.new_empty
@@ -68,7 +73,7 @@ def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return new(N, dtype=rows.compute_dtype), new((5, N), dtype=rows.compute_dtype), argmax, rank
 
 
-@torch.library.register_fake("fastloss::row_grad", lib=_library)
+@torch.library.register_fake("fastloss::row_grad", lib=library)
 def _(input: Tensor, *rest: Any) -> Tensor:
     return input.new_empty(input.shape)
 
@@ -122,7 +127,7 @@ class PerRow(torch.autograd.Function):
         nothing = [None] * 6
         if all(g is None for g in four):
             return None, *nothing
-        if not _is_compiling() and any(map(_needs_formula, four)):
+        if not _is_compiling() and any(map(needs_formula, four)):
             _refuse_inplace_twice(ctx.inplace)
             return _formula_grad(lambda: reference.row_result(rows), input, four), *nothing
         grad = call_row_grad(rows, stats, four, input.detach() if ctx.inplace else None)
@@ -163,28 +168,38 @@ class Selected(torch.autograd.Function):
         ctx.save_for_backward(input, index, stats)
         ctx.spec = spec
         ctx.set_materialize_grads(False)
-        valid = index != spec.ignore_index
-        z = reference.transform(input.gather(1, torch.where(valid, index, 0)), spec)
-        log_prob = ((z - stats[0][:, None]) - stats[1][:, None]).clamp(
-            max=0
-        )  # rounding must not pass a probability of one
-        return torch.where(valid, log_prob, 0), stats[4].clone() if extras else stats.new_empty(0)
+        listed = input.gather(1, torch.where(index == spec.ignore_index, 0, index))
+        log_prob = selected_log_probs(reference.transform(listed, spec), rows, stats)
+        return log_prob, stats[4].clone() if extras else stats.new_empty(0)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> Any:
         input, index, stats = ctx.saved_tensors
         chosen, entropy = upstream
-        if not _is_compiling() and any(map(_needs_formula, upstream)):
+        if not _is_compiling() and any(map(needs_formula, upstream)):
             outputs = lambda: reference.selected(input, index, ctx.spec)  # noqa: E731
             return _formula_grad(outputs, input, list(upstream)), None, None, None
         if chosen is None and entropy is None:
             return None, None, None, None
-        probs = (
-            stats.new_zeros(index.shape) if chosen is None else torch.where(index != ctx.spec.ignore_index, -chosen, 0)
-        )
-        rows = Rows(input, index, None, ctx.spec, probs)
-        stats = torch.stack([*stats[:3], probs.sum(1), stats[4]])  # the mass is the probabilities' sum
-        return call_row_grad(rows, stats, [stats.new_ones(len(index)), None, None, entropy]), None, None, None
+        rows = Rows(input, index, None, ctx.spec, stats)
+        return call_row_grad(*selected_upstream(rows, stats, chosen, entropy)), None, None, None
+
+
+def selected_log_probs(z: Tensor, rows: Rows, stats: Tensor) -> Tensor:
+    """Of the listed classes, (N, K), from their transformed logits; 0 where ignored."""
+    log_prob = ((z - stats[0][:, None]) - stats[1][:, None]).clamp(max=0)  # no probability above one by rounding
+    return torch.where(rows.target != rows.spec.ignore_index, log_prob, 0)
+
+
+def selected_upstream(
+    rows: Rows, stats: Tensor, chosen: Tensor | None, entropy: Tensor | None
+) -> tuple[Rows, Tensor, list[Tensor | None]]:
+    """Rows, statistics and upstream gradients of that cross-entropy."""
+    probs = stats.new_zeros(rows.target.shape)
+    if chosen is not None:
+        probs = torch.where(rows.target != rows.spec.ignore_index, -chosen, 0)
+    stats = torch.stack([*stats[:3], probs.sum(1), stats[4]])  # the mass is the probabilities' sum
+    return rows._replace(probs=probs), stats, [stats.new_ones(len(probs)), None, None, entropy]
 
 
 def selected(input: Tensor, index: Tensor, spec: Spec, extras: bool, by_formula: bool = False) -> tuple[Tensor, Tensor]:
@@ -221,7 +236,7 @@ class Reduced(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:
-        if _needs_formula(upstream):
+        if needs_formula(upstream):
             return _reduced_formula(ctx, upstream), None
         state = ctx.state
         grad, _, expected, backend, _ = state
@@ -268,9 +283,14 @@ def _grad_again(ctx: Any, grad: Tensor | None, upstream: float | Tensor) -> Tens
     return grad.mul_(upstream / expected) if backend.rescale is None else backend.rescale(grad, upstream)
 
 
-def _needs_formula(upstream: Tensor | None) -> bool:
+def needs_formula(upstream: Tensor | None) -> bool:
     """Whether a backward is itself differentiated (create_graph=True) or batched (vmap, is_grads_batched=True)."""
     return _grad_enabled() or transforming() or (upstream is not None and _is_batched(upstream))
+
+
+def saved_hooks_active() -> bool:
+    """Whether what autograd saves goes through somebody's hands: activation checkpointing, offloading."""
+    return not _is_compiling() and _saved_hooks(True) is not None
 
 
 def _reduced_formula(ctx: Any, upstream: Tensor) -> Tensor:
@@ -311,6 +331,6 @@ def reduced(rows: Rows, to: Reduction, inplace: bool = False) -> Tensor | None:
         return None
     if not (rows.input.requires_grad and _grad_enabled()):
         return backend.row_loss_grad(rows, to, 1.0, False)[0]
-    if _saved_hooks(True) is not None:  # activation checkpointing, offloading: keep nothing of size V here
+    if saved_hooks_active():  # activation checkpointing, offloading: keep nothing of size V here
         return None
     return _apply_reduced(rows.input, (rows, to, backend, inplace))

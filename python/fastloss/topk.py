@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -61,7 +65,7 @@ def topk_cross_entropy(
 
     Memory: the gradient, and O(N K + V) beyond it; never (N, V) probabilities.
     """
-    rows = _rows(input, indices, probs, tail, weight, ignore_index, (label_smoothing, z_loss, softcap, logit_scale))
+    rows = topk_rows(input, indices, probs, tail, weight, ignore_index, (label_smoothing, z_loss, softcap, logit_scale))
     to = arguments.as_reduction(input, reduction, token_weight, mask, normalizer, out_dtype)
     if inplace:
         arguments.check_inplace(input, rows.input)
@@ -94,17 +98,21 @@ def topk_kl_div(
 
     Arguments, result, errors and memory as in `topk_cross_entropy`.
     """
-    rows = _rows(input, indices, probs, tail, None, ignore_index, (0.0, z_loss, softcap, logit_scale))
+    rows = topk_rows(input, indices, probs, tail, None, ignore_index, (0.0, z_loss, softcap, logit_scale))
     to = arguments.as_reduction(input, reduction, token_weight, mask, normalizer, out_dtype)
     if inplace:
         arguments.check_inplace(input, rows.input)
-    exact = Reduction(to.kind, to.token_weight, to.normalizer, rows.compute_dtype)  # rounded after the difference
-    entropy = reduce_rows(_entropy(rows), rows, exact)
-    loss = (reduced_loss(rows, exact, inplace) - entropy).to(to.dtype)
+    loss = less_entropy(partial(reduced_loss, inplace=inplace), rows, rows, to)
     return loss.reshape(input.shape[:-1]) if reduction == "none" else loss
 
 
-def _rows(
+def less_entropy(reduced: Callable[[Any, Reduction], Tensor], given: Any, rows: Rows, to: Reduction) -> Tensor:
+    """The cross-entropy `reduced(given, to)` less the entropy of the rows' target, rounded after the difference."""
+    exact = to._replace(dtype=rows.compute_dtype)
+    return (reduced(given, exact) - reduce_rows(_entropy(rows), rows, exact)).to(to.dtype)
+
+
+def topk_rows(
     input: Tensor,
     indices: Tensor,
     probs: Tensor,
@@ -113,6 +121,8 @@ def _rows(
     ignore_index: int,
     numbers: tuple[float, float, float | None, float],
 ) -> Rows:
+    """Checked rows of logits (..., V) and what their target lists; numbers: label_smoothing, z_loss, softcap,
+    logit_scale."""
     if tail not in _TAILS:
         raise ValueError(f"tail: expected 'ignore' or 'lump', got {tail!r}")
     if tail == "lump" and (weight is not None or numbers[0]):

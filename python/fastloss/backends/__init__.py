@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from ..spec import Objective, Rows
-from . import cuda, device, native, reference, triton
+from . import cuda, device, native, products, reference, triton
 
 
 class Backend(NamedTuple):
     """Functions that compute `spec.Rows`: reference.row_loss and row_grad, native.row_loss_grad say how. The last, loss
     and gradient in one pass, may be missing. With `rescale` the upstream gradient of a reduced loss is read on the
-    device; without it, on the host."""
+    device; without it, on the host. `matmul` and `logits_dtype` make logits from hidden
+    states: products.py says how."""
 
     name: str
     runs_on: str
@@ -26,6 +27,8 @@ class Backend(NamedTuple):
     row_grad: Callable[..., Tensor]
     row_loss_grad: Callable[..., tuple[Tensor, Tensor | None, Tensor | None]] | None = None
     rescale: Callable[[Tensor, Tensor], Tensor] | None = None
+    matmul: Callable[..., None] = products.matmul
+    logits_dtype: Callable[[torch.dtype, torch.dtype], torch.dtype] = products.logits_dtype
 
 
 def _on_device(
@@ -41,7 +44,16 @@ def _on_device(
 
 
 BACKENDS = (
-    Backend("cpu", "CPUs: x86-64, aarch64", native.refuses, native.row_loss, native.row_grad, native.row_loss_grad),
+    Backend(
+        "cpu",
+        "CPUs: x86-64, aarch64",
+        native.refuses,
+        native.row_loss,
+        native.row_grad,
+        native.row_loss_grad,
+        matmul=native.matmul,
+        logits_dtype=native.logits_dtype,
+    ),
     _on_device("cuda", "NVIDIA GPUs, compute capability 8.0 and later", cuda.refuses, cuda.kernels),
     _on_device("triton", "GPUs that Triton knows: NVIDIA, AMD, Intel", triton.refuses, triton.kernels),
     Backend("reference", "all that torch runs on", reference.refuses, reference.row_loss, reference.row_grad),
@@ -79,8 +91,12 @@ def use_backend(name: str) -> Iterator[None]:
 
 def choose(rows: Rows) -> Backend:
     """The first backend that does not refuse rows like these."""
-    key = (rows.input.device, rows.input.dtype, rows.target.dtype, rows.spec.objective)
-    return _chosen.get(key) or _choose(*key)
+    return choose_for(rows.input.device, rows.input.dtype, rows.target.dtype, rows.spec.objective)
+
+
+def choose_for(*request: Any) -> Backend:
+    """The first backend that does not refuse (device, logits' dtype, target's dtype, objective)."""
+    return _chosen.get(request) or _choose(*request)
 
 
 def _choose(*request: Any) -> Backend:

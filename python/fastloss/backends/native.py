@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any
 
@@ -40,11 +41,21 @@ def refuses(device: torch.device, dtype: torch.dtype, target_dtype: torch.dtype,
 
 def empty_grad(input: Tensor) -> tuple[Tensor, bool]:
     """An uninitialised (N, V) gradient, and whether its memory is recycled (its pages exist)."""
-    count = input.numel()
-    if count * input.element_size() < _RECYCLE_BYTES:
+    if input.numel() * input.element_size() < _RECYCLE_BYTES:
         return (torch.empty_like(input) if input.is_contiguous() else input.new_empty(input.shape)), False
-    buffer = _native.Buffer(count * input.element_size())
-    return torch.frombuffer(buffer, dtype=input.dtype, count=count).view(input.shape), buffer.recycled
+    return _from_buffer(input.shape, input.dtype)
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """An uninitialised tensor, in recycled memory where it is large."""
+    small = _native is None or math.prod(shape) * dtype.itemsize < _RECYCLE_BYTES
+    return torch.empty(shape, dtype=dtype) if small else _from_buffer(shape, dtype)[0]
+
+
+def _from_buffer(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, bool]:
+    count = math.prod(shape)
+    buffer = _native.Buffer(count * dtype.itemsize)
+    return torch.frombuffer(buffer, dtype=dtype, count=count).view(shape), buffer.recycled
 
 
 def readable(rows: Rows) -> Rows:
@@ -100,6 +111,20 @@ def merge_states(a: Tensor, b: Tensor) -> Tensor:
     out = torch.empty_like(a)
     _native.merge_states(a.data_ptr(), b.data_ptr(), out.data_ptr(), a.shape[0])
     return out
+
+
+def matmul(a: Tensor, b: Tensor, out: Tensor, add: bool = False, start: Tensor | None = None) -> None:
+    """`out` (M, N) = a (M, K) @ b (K, N) + start (N,); with `add` out += a @ b. `out`, of the compute dtype, has
+    contiguous rows; a and b any strides and dtypes, whose products are summed in the compute dtype."""
+    left, right = ((t.data_ptr(), *t.shape, *t.stride(), DTYPE_CODES[t.dtype]) for t in (a, b))
+    start = None if start is None else start.to(out.dtype).contiguous()
+    first = 0 if start is None else start.data_ptr()
+    _native.matmul(left, right, out.data_ptr(), out.stride(0), first, add, _num_threads())
+
+
+def logits_dtype(hidden: torch.dtype, weight: torch.dtype) -> torch.dtype:
+    """What the product of hidden states and a weight comes in: never rounded to 16 bits."""
+    return COMPUTE_DTYPE[hidden]
 
 
 def row_loss(rows: Rows, extras: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -1,4 +1,5 @@
-"""Losses of language models over logits (..., V)."""
+"""Losses of language models over logits (..., V); with `linear_weight` over hidden states (..., H), whose logits never
+exist all at once."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..linear import linear_cross_entropy
 from ..losses import cross_entropy
 from ..spec import COMPUTE_DTYPE
 from .labels import keep, next_token_labels, same_shape
@@ -30,14 +32,16 @@ def causal_lm_loss(
     without a copy of the logits: the labels are shifted instead, as Transformers' ``ForCausalLMLoss`` does.
 
     Args:
-        logits: (..., T, V), float32, bfloat16, float16 or float64.
+        logits: (..., T, V), float32, bfloat16, float16 or float64; or with the option `linear_weight` (V, H) hidden
+            states (..., T, H).
         labels: (..., T), the tokens; or with ``shift=False`` what each position predicts.
         shift, ignore_index, attention_mask, document_ids, position_ids: which label a position predicts, and whether it
             counts; see `next_token_labels`. A label of the prompt that is not to count is set to `ignore_index`.
         token_weight: labels' shape, and shifted with them: multiplies the loss of a label, and counts in the mean's
             denominator.
         options: of `fastloss.cross_entropy`: weight, reduction, label_smoothing, z_loss, softcap, logit_scale,
-            normalizer, out_dtype, inplace, return_stats. A `normalizer` replaces the mean's denominator, as
+            normalizer, out_dtype, inplace, return_stats; or with linear_weight, linear_bias and max_chunk_bytes those
+            of `fastloss.linear_cross_entropy`. A `normalizer` replaces the mean's denominator, as
             Transformers' ``num_items_in_batch``: the number of labels that count in all batches of one step.
 
     Returns:
@@ -79,10 +83,11 @@ def masked_lm_loss(
         loss = masked_lm_loss(logits, labels, positions)
 
     Args:
-        logits: (..., T, V) of every position; or with `positions` (M, V), one row for each of them.
+        logits: (..., T, V) of every position; or with `positions` (M, V), one row for each of them. With the option
+            `linear_weight` (V, H) hidden states (..., T, H) or (M, H): on the CPU only masked positions meet the head.
         labels: (..., T), the token where it was masked, elsewhere `ignore_index`.
         positions: (M), indices into the flattened labels, from `masked_positions`.
-        options: of `fastloss.cross_entropy`.
+        options: of `fastloss.cross_entropy` or, with linear_weight, `fastloss.linear_cross_entropy`.
 
     Returns:
         A scalar; with ``reduction="none"`` labels' shape, or (M). The mean of no label is NaN, its gradient zero:
@@ -140,7 +145,7 @@ def sequence_cross_entropy(
     in one pass over the logits.
 
     Args:
-        logits: (..., T, V).
+        logits: (..., T, V); or with `linear_weight` (V, H) hidden states (..., T, H).
         labels: (..., T), the tokens; or with ``shift=False`` what each position predicts.
         lengths: (...), tokens of each sequence; those beyond do not count.
         mask: labels' shape, zero where a label does not count.
@@ -151,7 +156,8 @@ def sequence_cross_entropy(
         token_weight: labels' shape, shifted with them: weights of each sequence's mean or sum.
         reduction: over sequences: "mean" (of those with a label that counts; NaN if there is none), "sum", or "none"
             for (...), where a sequence without labels has zero.
-        options: of `fastloss.cross_entropy`: weight, label_smoothing, z_loss, softcap, logit_scale, out_dtype, inplace.
+        options: of `fastloss.cross_entropy`: weight, label_smoothing, z_loss, softcap, logit_scale, out_dtype, inplace;
+            or with linear_weight of `fastloss.linear_cross_entropy`.
 
     Raises:
         IndexError, TypeError, RuntimeError, ValueError: as `fastloss.cross_entropy`, naming the argument.
@@ -187,6 +193,8 @@ def sequence_log_likelihood(
     length_normalised: bool = False,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    linear_weight: Tensor | None = None,
+    linear_bias: Tensor | None = None,
 ) -> Tensor:
     """``logits[:, :-1].log_softmax(-1).gather(-1, labels[:, 1:, None]).squeeze(-1).sum(-1)``
 
@@ -194,13 +202,14 @@ def sequence_log_likelihood(
     compare and what ranks answers.
 
     Args:
-        logits: (..., T, V).
+        logits: (..., T, V); or with `linear_weight` (V, H) hidden states (..., T, H).
         labels: (..., T), the tokens; or with ``shift=False`` what each position predicts.
         lengths: (...), tokens of each sequence.
         mask: labels' shape, zero where a label does not count: on the prompt, to score only the answer.
         shift, ignore_index: as in `causal_lm_loss`.
         length_normalised: the mean over the labels that count instead of their sum; zero where none does.
         softcap, logit_scale: of `fastloss.cross_entropy`.
+        linear_weight, linear_bias: (V, H) and (V), where `logits` are hidden states.
 
     Returns:
         (...), float32, float64 for float64 logits. The token log-probabilities never become 16 bit.
@@ -208,21 +217,33 @@ def sequence_log_likelihood(
     kept = keep(labels, lengths=lengths, mask=mask, context=0, ignore_index=ignore_index)
     target = next_token_labels(kept, shift=shift, ignore_index=ignore_index)
     dtype = COMPUTE_DTYPE.get(logits.dtype, torch.float32)
-    options = {"ignore_index": ignore_index, "softcap": softcap, "logit_scale": logit_scale}
+    options: dict[str, Any] = {"ignore_index": ignore_index, "softcap": softcap, "logit_scale": logit_scale}
+    options |= {"linear_weight": linear_weight, "linear_bias": linear_bias}
     total = -_classes_last(logits, target, reduction="none", out_dtype=dtype, **options).sum(-1)
     return total / (target != ignore_index).sum(-1).clamp(min=1) if length_normalised else total
 
 
-def _classes_last(logits: Tensor, target: Tensor, **options: Any) -> Any:
-    """`fastloss.cross_entropy` of logits (..., V) and class indices (...)."""
+def _classes_last(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    linear_weight: Tensor | None = None,
+    linear_bias: Tensor | None = None,
+    **options: Any,
+) -> Any:
+    """`fastloss.cross_entropy` of logits (..., V), or with a weight of hidden states (..., H), and class indices."""
     for name, value in (("logits", logits), ("labels", target)):
         if not isinstance(value, Tensor):
             raise TypeError(f"argument '{name}' must be Tensor, not {type(value).__name__}")
     if logits.dim() < 2 or logits.shape[:-1] != target.shape:
         raise ValueError(
-            f"logits: expected shape {(*target.shape, 'V')}, the labels' with the classes after it, got "
-            f"{tuple(logits.shape)}"
+            f"logits: expected shape {(*target.shape, 'V' if linear_weight is None else 'H')}, the labels' with the "
+            f"{'classes' if linear_weight is None else 'features'} after it, got {tuple(logits.shape)}"
         )
+    if linear_weight is not None:
+        return linear_cross_entropy(logits, linear_weight, target, linear_bias=linear_bias, **options)
+    if linear_bias is not None:
+        raise TypeError("linear_bias: expected linear_weight with it")
     # A view that cross_entropy turns back: what is not reduced comes in the target's shape.
     return cross_entropy(logits.movedim(-1, 1), target, **options)
 

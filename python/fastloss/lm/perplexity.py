@@ -55,8 +55,11 @@ class Perplexity:
         position_ids: Tensor | None = None,
         softcap: float | None = None,
         logit_scale: float = 1.0,
+        linear_weight: Tensor | None = None,
+        linear_bias: Tensor | None = None,
     ) -> None:
-        """Adds a batch: logits (..., T, V) and labels (..., T), and the arguments of `causal_lm_loss`.
+        """Adds a batch: logits (..., T, V), or with `linear_weight` hidden states (..., T, H), and labels (..., T), and
+        the arguments of `causal_lm_loss`.
 
         `byte_count`: how many bytes of text the labels that count stand for, for `bits_per_byte`.
         """
@@ -69,6 +72,7 @@ class Perplexity:
             position_ids=position_ids,
         )
         options: dict[str, Any] = {"softcap": softcap, "logit_scale": logit_scale, "ignore_index": self.ignore_index}
+        options |= {"linear_weight": linear_weight, "linear_bias": linear_bias}
         losses = causal_lm_loss(
             logits, target, shift=False, reduction="none", out_dtype=torch.float64, **options
         )  # summed in float64, which a reduction of float32 logits is not

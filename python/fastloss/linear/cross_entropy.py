@@ -1,0 +1,215 @@
+"""Cross-entropy from hidden states and the weight of the last layer."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+from .. import arguments
+from ..losses import CrossEntropyStats, stats_of
+from ..reduction import reduce_rows
+from ..rows import RowLoss
+from ..spec import REDUCTIONS, Objective, Reduction, Rows, make_spec
+from . import heads
+from .heads import MAX_CHUNK_BYTES, Head, LinearRows
+from .rows import per_row, reduced_loss
+
+
+@overload
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = ...,
+    weight: Tensor | None = ...,
+    reduction: str = ...,
+    ignore_index: int | None = ...,
+    label_smoothing: float = ...,
+    options: Any = ...,
+    z_loss: float = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
+    token_weight: Tensor | None = ...,
+    normalizer: Tensor | float | None = ...,
+    out_dtype: torch.dtype | None = ...,
+    return_stats: Literal[True],
+    max_chunk_bytes: int = ...,
+) -> tuple[Tensor, CrossEntropyStats]: ...
+
+
+@overload
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = ...,
+    weight: Tensor | None = ...,
+    reduction: str = ...,
+    ignore_index: int | None = ...,
+    label_smoothing: float = ...,
+    options: Any = ...,
+    z_loss: float = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
+    token_weight: Tensor | None = ...,
+    normalizer: Tensor | float | None = ...,
+    out_dtype: torch.dtype | None = ...,
+    return_stats: Literal[False] = ...,
+    max_chunk_bytes: int = ...,
+) -> Tensor: ...
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    options: Any = None,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    token_weight: Tensor | None = None,
+    normalizer: Tensor | float | None = None,
+    out_dtype: torch.dtype | None = None,
+    return_stats: bool = False,
+    max_chunk_bytes: int = MAX_CHUNK_BYTES,
+) -> Tensor | tuple[Tensor, CrossEntropyStats]:
+    r"""``F.cross_entropy(F.linear(input, linear_weight, linear_bias), target, weight, ...)``
+
+    without the (N, C) logits: a drop-in for ``torch.nn.functional.linear_cross_entropy`` of torch 2.13, with everything
+    that `fastloss.cross_entropy` has beyond torch. Logits are made some rows at a time, and become the gradients of
+    `input`, `linear_weight` and `linear_bias` before the next: three matrix products in all, none for what needs no
+    gradient; rows that are ignored or weigh nothing are left out (on the CPU).
+
+    Args:
+        input: hidden states (..., H); float32, bfloat16, float16 or float64, any strides.
+        linear_weight: (C, H), of input's dtype (any under autocast, and is not copied on the CPU); or (C, d1, ..., dK,
+            H) for logits (N, C, d1, ..., dK).
+        target: class indices (...), int64, int32 or uint8, or class probabilities (..., C); with a linear_weight of
+            more dimensions (N, d1, ..., dK) or (N, C, d1, ..., dK).
+        linear_bias: (C), or (C, d1, ..., dK).
+        weight, reduction, label_smoothing: as in `cross_entropy`.
+        ignore_index: as in `cross_entropy`; None is -100, and the only one with class probabilities.
+        options: a ``torch.nn.LinearCrossEntropyOptions``, or None. Its batch_chunk_size is the number of rows whose
+            logits may exist at once; the rest asks for what is so anyway (sums in float32, retain_graph).
+        z_loss, softcap, logit_scale, token_weight, normalizer, out_dtype, return_stats: as in `cross_entropy`.
+        max_chunk_bytes: logits that may exist at once; one row's always may.
+
+    Returns:
+        The loss: a scalar, or with reduction="none" of the class indices' shape. With return_stats, (loss, stats).
+
+    Raises:
+        IndexError: a class index out of range (on the CPU).  RuntimeError, ValueError, TypeError, NotImplementedError:
+        as torch raises, naming the argument.
+
+    Memory: the gradients, in float32 until the backward, and max_chunk_bytes; O(N) beyond them. A second backward, and
+    every backward of reduction="none" or with return_stats, makes the logits again; so does checkpointing. Double
+    backward, ``torch.func`` and forward mode take torch's own operations, with all logits.
+
+    >>> hidden, head = torch.zeros(2, 3), torch.zeros(4, 3)
+    >>> linear_cross_entropy(hidden, head, torch.tensor([1, -100]))
+    tensor(1.3863)
+    """
+    if has_torch_function_variadic(input, linear_weight, target, linear_bias, weight):
+        return handle_torch_function(
+            linear_cross_entropy,  # type: ignore[arg-type]
+            (input, linear_weight, target, linear_bias, weight),
+            input,
+            linear_weight,
+            target,
+            linear_bias=linear_bias,
+            weight=weight,
+            reduction=reduction,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            options=options,
+            z_loss=z_loss,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            token_weight=token_weight,
+            normalizer=normalizer,
+            out_dtype=out_dtype,
+            return_stats=return_stats,
+            max_chunk_bytes=max_chunk_bytes,
+        )
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: {reduction!r} is not a valid value for reduction ('none', 'mean' or 'sum')")
+    arguments.check_linear(input, linear_weight, linear_bias, positions=True)
+    if not isinstance(target, Tensor):
+        raise TypeError(f"linear_cross_entropy(): argument 'target' must be Tensor, not {type(target).__name__}")
+    shape = torch.Size((*input.shape[:-1], *linear_weight.shape[:-1]))  # of the logits
+    if target.shape == shape and ignore_index is not None:
+        raise RuntimeError("ignore_index cannot be specified when target contains probabilities")
+    soft, index = target.is_floating_point(), -100 if ignore_index is None else ignore_index
+    spec = make_spec(index, label_smoothing, z_loss, softcap, logit_scale, Objective.PROBS if soft else Objective.INDEX)
+    head = Head(input, linear_weight, linear_bias)
+    logits = heads.stand_in(head)
+    x, y = arguments.as_rows(*_class_second(logits, target, linear_weight.dim() > 2), spec.ignore_index)
+    if weight is not None:
+        weight = arguments.as_class_weights(weight, logits, y, x.shape[1], spec, reduction)
+    losses = shape[:-1] if linear_weight.dim() == 2 else shape[:1] + shape[2:]
+    if token_weight is not None:
+        token_weight = arguments.check_token_weight(token_weight, x, losses)
+    if normalizer is not None:
+        normalizer = arguments.as_normalizer(normalizer, x, reduction)
+    to = Reduction(reduction, token_weight, normalizer, arguments.loss_dtype(logits, target, weight, out_dtype))
+    limit = heads.rows_at_once(x, max_chunk_bytes, False, getattr(options, "batch_chunk_size", None))
+    parts = [LinearRows(rows, part, None, limit) for rows, part in _parts(Rows(x, y, weight, spec), head)]
+    if not return_stats and len(parts) == 1:
+        loss = reduced_loss(parts[0], to)
+        return loss.reshape(losses) if reduction == "none" else loss
+    each = [per_row(part, return_stats) for part in parts]
+    row = each[0] if len(each) == 1 else _interleaved(each)
+    loss = reduce_rows(row.loss, Rows(x, y, weight, spec), to).to(to.dtype)
+    loss = loss.reshape(losses) if reduction == "none" else loss
+    return (loss, stats_of(row, Rows(x, y, weight, spec), losses)) if return_stats else loss
+
+
+def _class_second(logits: Tensor, target: Tensor, positions: bool) -> tuple[Tensor, Tensor]:
+    """Logits (..., C) and their target as cross_entropy takes them, where they are not already."""
+    if positions or logits.dim() < 3:
+        return logits, target
+    if target.shape == logits.shape:
+        return logits.flatten(0, -2), target.flatten(0, -2)
+    if target.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"target: expected shape {tuple(logits.shape[:-1])} (class indices) or {tuple(logits.shape)} (class "
+            f"probabilities), got {tuple(target.shape)}"
+        )
+    return logits.flatten(0, -2), target.flatten()
+
+
+def _parts(rows: Rows, head: Head) -> list[tuple[Rows, Head]]:
+    """The rows by the classifier they belong to: one of (C, H), or of (C, d1, ..., dK, H) one for each position; row
+    i * positions + d is hidden state i's."""
+    hidden, weight, bias = head
+    hidden = hidden.reshape(-1, hidden.shape[-1])
+    if weight.dim() == 2:
+        return [(rows, Head(hidden, weight, bias))]
+    weight, bias = weight.flatten(1, -2), None if bias is None else bias.flatten(1)
+    D = weight.shape[1]
+    if D == 0:
+        return [(rows, Head(hidden[:0], weight.new_empty(weight.shape[0], hidden.shape[1]), None))]
+    return [
+        (
+            rows._replace(input=rows.input[d::D], target=rows.target[d::D]),
+            Head(hidden, weight[:, d], None if bias is None else bias[:, d]),
+        )
+        for d in range(D)
+    ]
+
+
+def _interleaved(each: list[RowLoss]) -> RowLoss:
+    """(N,) of each position to (N * positions,)."""
+    fields = [torch.stack(field, 1).flatten() for field in zip(*each, strict=True) if field[0] is not None]
+    return RowLoss(*fields)

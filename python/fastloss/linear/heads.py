@@ -1,0 +1,251 @@
+"""Logits that are never kept: made from hidden states some rows at a time, into memory that is used again.
+
+A chunk's logits become their own gradient there, and that the gradients of hidden states, weight and bias, before the
+next chunk is made. The kernels of rows of logits do not know; every loss and every backend comes this way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..backends import Backend, choose_for, native
+from ..reduction import reduce_rows, valid_rows
+from ..spec import COMPUTE_DTYPE, Reduction, Rows
+
+MAX_CHUNK_BYTES = 64 << 20  # of logits that exist at once
+_PANEL = 12  # chunks are whole panels of the matrix product's
+
+
+class Head(NamedTuple):
+    """Logits are hidden (N, H) @ weight (V, H).T + bias (V,); of an input as given, before it is rows, (..., H)."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of hidden states and weight multiplied, where they differ (under autocast)."""
+        return torch.promote_types(self.hidden.dtype, self.weight.dtype)
+
+    def logits(self) -> Tensor:
+        """All of them, as a textbook writes it."""
+        dtype = self.dtype
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return torch.nn.functional.linear(self.hidden.to(dtype), self.weight.to(dtype), bias)
+
+
+class LinearRows(NamedTuple):
+    """Rows whose logits, and with a teacher whose target logits, come from heads. `rows` describes them: in place of
+    logits it has one number in their shape. At most `limit` rows' logits exist at once."""
+
+    rows: Rows
+    head: Head
+    teacher: Head | None
+    limit: int
+
+    def materialised(self) -> Rows:
+        """The rows with all their logits, for the reference alone."""
+        target = self.rows.target if self.teacher is None else self.teacher.logits()
+        return self.rows._replace(input=self.head.logits(), target=target)
+
+    def backend(self) -> Backend:
+        """Which one computes the rows."""
+        head, target = self.head, self.rows.target if self.teacher is None else self.teacher.hidden
+        return choose_for(head.hidden.device, head.dtype, target.dtype, self.rows.spec.objective)
+
+
+def stand_in(head: Head) -> Tensor:
+    """One number in the shape, dtype and place of a head's logits."""
+    return head.hidden.new_empty((), dtype=head.dtype).expand(*head.hidden.shape[:-1], *head.weight.shape[:-1])
+
+
+def flattened(head: Head) -> Head:
+    """With hidden states as rows."""
+    return head._replace(hidden=head.hidden.reshape(-1, head.hidden.shape[-1]))
+
+
+def rows_at_once(logits: Tensor, max_chunk_bytes: int, teacher: bool, rows: int | None = None) -> int:
+    """How many rows' logits (N, V) may exist at once, from the bytes that the caller allows (those of float32 where
+    they are 16-bit, as a product may leave them) or from their number."""
+    if not isinstance(max_chunk_bytes, int) or max_chunk_bytes < 1:
+        raise ValueError(f"max_chunk_bytes: expected a number of bytes > 0, got {max_chunk_bytes!r}")
+    if rows is not None:
+        return rows
+    row = logits.shape[1] * COMPUTE_DTYPE[logits.dtype].itemsize * (2 if teacher else 1)
+    return max(1, max_chunk_bytes // max(row, 1))
+
+
+class HeadGrads:
+    """The gradients of hidden states (N, H), weight (V, H) and bias (V,), summed over chunks in the compute dtype; each
+    only where it is needed, else empty."""
+
+    def __init__(self, head: Head, needs: list[bool], matmul: object) -> None:
+        self.head, self.matmul, self.started = head, matmul, False
+        dtype = COMPUTE_DTYPE[head.dtype]
+        hidden, weight = head.hidden, head.weight
+        sizes = hidden.shape, weight.shape, weight.shape[:1]
+        self.hidden, self.weight, self.bias = (
+            _empty(tuple(size) if needed else (0,), dtype, hidden.device)
+            for size, needed in zip(sizes, needs, strict=True)
+        )
+        self.needs = needs
+
+    def add(self, where: slice | Tensor, hidden: Tensor, dlogits: Tensor) -> None:
+        """What one chunk's rows contribute, from the gradient of their logits."""
+        if self.needs[0]:
+            part = self.hidden[where] if isinstance(where, slice) else self.hidden.new_empty(hidden.shape)
+            self.matmul(dlogits, self.head.weight, part)  # type: ignore[operator]
+            if isinstance(where, Tensor):
+                self.hidden[where] = part
+        if self.needs[1]:
+            self.matmul(dlogits.t(), hidden, self.weight, self.started)  # type: ignore[operator]
+        if self.needs[2]:
+            total = dlogits.sum(0, dtype=self.bias.dtype)
+            self.bias = self.bias + total if self.started else total
+        self.started = True
+
+    def result(self, skipped: Tensor | None) -> list[Tensor]:
+        """The three; rows that were `skipped` (N,) have a gradient of zero."""
+        if not self.started:
+            self.weight.zero_()
+            self.bias.zero_()
+        if skipped is not None and self.needs[0]:
+            self.hidden[skipped] = 0
+        return [self.hidden, self.weight, self.bias]
+
+
+class Chunk(NamedTuple):
+    """Some of the rows: which, their hidden states, and their logits in memory that the next chunk will use."""
+
+    where: slice | Tensor
+    hidden: Tensor
+    rows: Rows
+
+    def of(self, vector: Tensor | None) -> Tensor | None:
+        """A vector's (N, ...) part of these rows."""
+        return None if vector is None else vector[self.where]
+
+
+def chunks(given: LinearRows, backend: Backend, skipped: Tensor | None = None) -> Iterator[Chunk]:
+    """The rows that are not skipped, in equal parts."""
+    rows, head, teacher = given.rows, given.head, given.teacher
+    index = None if skipped is None else (~skipped).nonzero()[:, 0]
+    N = rows.input.shape[0] if index is None else len(index)
+    if N == 0:
+        return
+    size = _part(N, given.limit)
+    buffer = _logits_buffer(head, size, backend)
+    target_buffer = None if teacher is None else _logits_buffer(teacher, size, backend)
+    for begin in range(0, N, size):
+        where: slice | Tensor = slice(begin, min(begin + size, N))
+        where = where if index is None else index[where]
+        hidden = head.hidden[where]
+        logits = _fill(buffer, hidden, head, backend)
+        if teacher is None or target_buffer is None:
+            target = rows.target[where]
+        else:
+            target = _fill(target_buffer, teacher.hidden[where], teacher, backend)
+        probs = None if rows.probs is None else rows.probs[where]
+        yield Chunk(where, hidden, rows._replace(input=logits, target=target, probs=probs))
+
+
+def _part(N: int, limit: int) -> int:
+    """Rows of a chunk: no more chunks than the limit asks for, and the last no smaller than it must be."""
+    size = -(-N // -(-N // limit))
+    whole = -(-size // _PANEL) * _PANEL
+    return whole if whole <= limit else size
+
+
+def _logits_buffer(head: Head, size: int, backend: Backend) -> Tensor:
+    dtype = backend.logits_dtype(head.hidden.dtype, head.weight.dtype)
+    return _empty((size, head.weight.shape[0]), dtype, head.hidden.device)
+
+
+def _fill(buffer: Tensor, hidden: Tensor, head: Head, backend: Backend) -> Tensor:
+    logits = buffer[: hidden.shape[0]]
+    backend.matmul(hidden, head.weight.t(), logits, False, head.bias)
+    return logits
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return native.empty(shape, dtype) if device.type == "cpu" else torch.empty(shape, dtype=dtype, device=device)
+
+
+def without_effect(rows: Rows, token_weight: Tensor | None = None) -> Tensor | None:
+    """The rows (N,) that need no logits at all: ignored, or of no weight. None where all do, and on devices, where it
+    would have to be waited for."""
+    if rows.target.device.type != "cpu":
+        return None
+    valid = valid_rows(rows)
+    if token_weight is not None:
+        valid = token_weight != 0 if valid is None else valid & (token_weight != 0)
+    return None if valid is None or bool(valid.all()) else ~valid
+
+
+def loss_and_grads(given: LinearRows, to: Reduction, needs: list[bool]) -> tuple[Tensor, list[Tensor]]:
+    """The summed loss () over the normalizer, and what it gives to the head, for an upstream gradient of one."""
+    backend, rows = given.backend(), given.rows
+    skipped = without_effect(rows, to.token_weight)
+    grads = HeadGrads(given.head, needs, backend.matmul)
+    total = given.head.hidden.new_zeros((), dtype=rows.compute_dtype)
+    for chunk in chunks(given, backend, skipped):
+        part = to._replace(token_weight=chunk.of(to.token_weight))
+        total += _chunk_loss(backend, chunk.rows, part, any(needs))
+        if any(needs):
+            grads.add(chunk.where, chunk.hidden, chunk.rows.input)
+    if skipped is not None and bool(skipped.all()) and to.normalizer is not None:
+        total = total / to.normalizer  # the mean of nothing
+    return total, grads.result(skipped)
+
+
+def _chunk_loss(backend: Backend, rows: Rows, to: Reduction, overwrite: bool) -> Tensor:
+    """The reduced loss; the gradient of the logits, if wanted, in their place."""
+    out = rows.input if overwrite else None
+    if backend.row_loss_grad is not None:
+        return backend.row_loss_grad(rows, to, 1.0, overwrite, out)[0]
+    loss, stats, *_ = backend.row_loss(rows, False)
+    if overwrite:
+        upstream = torch.ones_like(loss) if to.token_weight is None else to.token_weight
+        upstream = upstream if to.normalizer is None else upstream / to.normalizer
+        backend.row_grad(rows, stats, [upstream, None, None, None], out)
+    return reduce_rows(loss, rows, to)
+
+
+def row_loss(given: LinearRows, extras: bool) -> list[Tensor]:
+    """Losses (N,), statistics (5, N), argmax and rank as reference.row_loss has them; and of targets that list classes
+    the logits of those, (N, K)."""
+    backend, rows = given.backend(), given.rows
+    skipped = None if extras else without_effect(rows)
+    N, K = rows.input.shape[0], rows.target.shape[1] if rows.probs is not None else 0
+    new, F = given.head.hidden.new_zeros, rows.compute_dtype
+    out = [new(N, dtype=F), new((5, N), dtype=F), new(N if extras else 0, dtype=torch.int64)]
+    out += [new(N if extras and rows.spec.objective == 0 else 0, dtype=torch.int64), new((N, K), dtype=F)]
+    for chunk in chunks(given, backend, skipped):
+        loss, stats, argmax, rank = backend.row_loss(chunk.rows, extras)
+        out[0][chunk.where], out[1][:, chunk.where] = loss, stats
+        for whole, part in zip(out[2:4], (argmax, rank), strict=True):
+            if len(whole):
+                whole[chunk.where] = part
+        if K:
+            listed = torch.where(chunk.rows.target == rows.spec.ignore_index, 0, chunk.rows.target)
+            out[4][chunk.where] = chunk.rows.input.gather(1, listed).to(F)
+    return out
+
+
+def row_grads(given: LinearRows, stats: Tensor, upstream: list[Tensor | None], needs: list[bool]) -> list[Tensor]:
+    """What losses and statistics give to the head, for their upstream gradients (N,)."""
+    backend, rows = given.backend(), given.rows
+    others = any(g is not None for g in upstream[1:])
+    skipped = None if others else without_effect(rows, upstream[0])
+    grads = HeadGrads(given.head, needs, backend.matmul)
+    for chunk in chunks(given, backend, skipped):
+        backend.row_grad(
+            chunk.rows, stats[:, chunk.where].contiguous(), [chunk.of(g) for g in upstream], chunk.rows.input
+        )
+        grads.add(chunk.where, chunk.hidden, chunk.rows.input)
+    return grads.result(skipped)

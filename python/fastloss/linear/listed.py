@@ -1,0 +1,129 @@
+"""Losses and log-probabilities of some classes, from hidden states."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import arguments
+from ..logprobs import selective_rows
+from ..topk import less_entropy, topk_rows
+from .heads import MAX_CHUNK_BYTES, Head, LinearRows, flattened, rows_at_once, stand_in
+from .rows import per_row, reduced_loss, selected
+
+
+def linear_topk_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    indices: Tensor,
+    probs: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    r"""``fastloss.topk_cross_entropy(F.linear(input, linear_weight, linear_bias), indices, probs, ...)``
+
+    without the (..., V) logits.
+
+    Args:
+        input: hidden states (..., H); linear_weight: (V, H); linear_bias: (V).
+        indices, probs: (..., K), as in `topk_cross_entropy`.
+        options: of `topk_cross_entropy`, without inplace; and max_chunk_bytes.
+
+    Raises, and memory: as `linear_cross_entropy`.
+    """
+    return _topk(Head(input, linear_weight, linear_bias), indices, probs, False, **options)
+
+
+def linear_topk_kl_div(
+    input: Tensor,
+    linear_weight: Tensor,
+    indices: Tensor,
+    probs: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    r"""``fastloss.topk_kl_div(F.linear(input, linear_weight, linear_bias), indices, probs, ...)``
+
+    without the (..., V) logits: distillation from a teacher's stored top-k. Arguments as in
+    `linear_topk_cross_entropy`, options those of `topk_kl_div`.
+    """
+    if "weight" in options or "label_smoothing" in options:
+        raise TypeError("linear_topk_kl_div() takes neither weight nor label_smoothing")
+    return _topk(Head(input, linear_weight, linear_bias), indices, probs, True, **options)
+
+
+def _topk(
+    head: Head,
+    indices: Tensor,
+    probs: Tensor,
+    divergence: bool,
+    *,
+    tail: str = "ignore",
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    token_weight: Tensor | None = None,
+    mask: Tensor | None = None,
+    reduction: str = "mean",
+    normalizer: Tensor | float | None = None,
+    out_dtype: torch.dtype | None = None,
+    max_chunk_bytes: int = MAX_CHUNK_BYTES,
+) -> Tensor:
+    arguments.check_linear(*head)
+    logits = stand_in(head)
+    numbers = (label_smoothing, z_loss, softcap, logit_scale)
+    rows = topk_rows(logits, indices, probs, tail, weight, ignore_index, numbers)
+    to = arguments.as_reduction(logits, reduction, token_weight, mask, normalizer, out_dtype)
+    given = LinearRows(rows, flattened(head), None, rows_at_once(rows.input, max_chunk_bytes, False))
+    loss = less_entropy(reduced_loss, given, rows, to) if divergence else reduced_loss(given, to)
+    return loss.reshape(logits.shape[:-1]) if reduction == "none" else loss
+
+
+def linear_selective_log_softmax(
+    input: Tensor,
+    linear_weight: Tensor,
+    index: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    temperature: float = 1.0,
+    return_entropy: bool = False,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    max_chunk_bytes: int = MAX_CHUNK_BYTES,
+) -> Any:
+    r"""``fastloss.selective_log_softmax(F.linear(input, linear_weight, linear_bias), index, temperature=...)``
+
+    without the (..., V) logits: the log-likelihood of chosen tokens from hidden states, for RL and scoring.
+
+    Args:
+        input: hidden states (..., H); linear_weight: (V, H); linear_bias: (V).
+        index: (...) or (..., K), int64, int32 or uint8.
+        temperature, return_entropy, ignore_index, softcap, logit_scale: as in `selective_log_softmax`.
+        max_chunk_bytes: as in `linear_cross_entropy`.
+
+    Returns:
+        log-probabilities of index's shape, or (log-probabilities, entropy (...)); float32 (float64 for float64).
+
+    Raises: as `linear_cross_entropy`.  Memory: as there with reduction="none".
+    """
+    head = Head(input, linear_weight, linear_bias)
+    arguments.check_linear(*head)
+    logits = stand_in(head)
+    rows, expected = selective_rows(logits, index, (ignore_index, temperature, softcap, logit_scale))
+    given = LinearRows(rows, flattened(head), None, rows_at_once(rows.input, max_chunk_bytes, False))
+    if rows.probs is not None:
+        log_prob, entropy = selected(given, return_entropy)
+    else:
+        row = per_row(given, return_entropy)
+        log_prob = -row.loss if row.log_prob is None else row.log_prob
+        entropy = log_prob if row.entropy is None else row.entropy
+    log_prob = log_prob.reshape(expected)
+    return (log_prob, entropy.reshape(logits.shape[:-1])) if return_entropy else log_prob

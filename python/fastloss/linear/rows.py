@@ -1,0 +1,264 @@
+"""The torch side of losses of hidden states, as fastloss/rows.py of logits': operators, autograd Functions around them.
+
+`Reduced`: a reduced loss whose gradients are made in the forward, chunk by chunk: three products in all. `PerRow`:
+losses and statistics (N,) forward, for any upstream gradient; the backward makes the logits again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import evaluate
+from ..backends import reference
+from ..reduction import mean_denominator, reduce_rows
+from ..rows import (
+    RowLoss,
+    library,
+    needs_formula,
+    record_spec,
+    saved_hooks_active,
+    selected_log_probs,
+    selected_upstream,
+)
+from ..spec import Objective, Reduction, Rows
+from . import heads
+from .heads import Head, LinearRows
+
+_HEAD = "Tensor hidden, Tensor head_weight, Tensor? head_bias"
+_TEACHER = "Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias"
+_SCHEMA = (
+    f"{_HEAD}, Tensor? target, {_TEACHER}, Tensor? weight, Tensor? probs, int ignore_index, float label_smoothing, "
+    "float z_loss, float softcap, float logit_scale, int objective, float target_scale, float beta, int limit"
+)
+library.define(
+    f"linear_loss({_SCHEMA}, Tensor? token_weight, Tensor? normalizer, bool[] needs) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
+)
+library.define(f"linear_row_loss({_SCHEMA}, bool extras) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
+library.define(
+    f"linear_row_grad({_SCHEMA}, Tensor stats, Tensor?[] upstream, bool[] needs) -> (Tensor, Tensor, Tensor)"
+)
+
+
+def _flat(given: LinearRows) -> tuple[Any, ...]:
+    """The arguments of _SCHEMA."""
+    rows, spec = given.rows, given.rows.spec
+    target = rows.target if given.teacher is None else None
+    numbers = (*spec[:5], int(spec.objective), *spec[6:], given.limit)
+    return (*given.head, target, *(given.teacher or (None, None, None)), rows.weight, rows.probs, *numbers)
+
+
+def _record(*args: Any) -> tuple[LinearRows, list[Any]]:
+    """LinearRows from the arguments of _SCHEMA, and what follows them."""
+    hidden, head_weight, head_bias, target, u, teacher_weight, teacher_bias, weight, probs, *numbers = args
+    head = Head(hidden, head_weight, head_bias)
+    teacher = None if u is None else Head(u, teacher_weight, teacher_bias)
+    logits = heads.stand_in(head)
+    spec, (limit, *rest) = record_spec(numbers)
+    rows = Rows(logits, logits if target is None else target, weight, spec, probs)
+    return LinearRows(rows, head, teacher, limit), rest
+
+
+@torch.library.impl(library, "linear_loss", "CompositeExplicitAutograd")
+def _linear_loss(*args: Any) -> tuple[Tensor, ...]:
+    given, (token_weight, normalizer, needs) = _record(*args)
+    to = Reduction("sum", token_weight, normalizer, given.rows.compute_dtype)
+    loss, grads = heads.loss_and_grads(given, to, needs)
+    return loss, *grads
+
+
+@torch.library.impl(library, "linear_row_loss", "CompositeExplicitAutograd")
+def _linear_row_loss(*args: Any) -> tuple[Tensor, ...]:
+    given, (extras,) = _record(*args)
+    return tuple(heads.row_loss(given, extras))
+
+
+@torch.library.impl(library, "linear_row_grad", "CompositeExplicitAutograd")
+def _linear_row_grad(*args: Any) -> tuple[Tensor, ...]:
+    given, (stats, upstream, needs) = _record(*args)
+    return tuple(heads.row_grads(given, stats, upstream, needs))
+
+
+def _fake_grads(given: LinearRows, needs: list[bool]) -> list[Tensor]:
+    hidden, weight, _ = given.head
+    shapes = hidden.shape, weight.shape, weight.shape[:1]
+    dtype = given.rows.compute_dtype
+    return [hidden.new_empty(s if n else (0,), dtype=dtype) for s, n in zip(shapes, needs, strict=True)]
+
+
+@torch.library.register_fake("fastloss::linear_loss", lib=library)
+def _(*args: Any) -> tuple[Tensor, ...]:
+    given, (_, _, needs) = _record(*args)
+    return given.head.hidden.new_empty((), dtype=given.rows.compute_dtype), *_fake_grads(given, needs)
+
+
+@torch.library.register_fake("fastloss::linear_row_loss", lib=library)
+def _(*args: Any) -> tuple[Tensor, ...]:
+    given, (extras,) = _record(*args)
+    rows, new, F = given.rows, given.head.hidden.new_empty, given.rows.compute_dtype
+    N, K = rows.input.shape[0], rows.target.shape[1] if rows.probs is not None else 0
+    ranked = extras and rows.spec.objective == Objective.INDEX
+    integers = [new(N if wanted else 0, dtype=torch.int64) for wanted in (extras, ranked)]
+    return new(N, dtype=F), new((5, N), dtype=F), *integers, new((N, K), dtype=F)
+
+
+@torch.library.register_fake("fastloss::linear_row_grad", lib=library)
+def _(*args: Any) -> tuple[Tensor, ...]:
+    given, (_, _, needs) = _record(*args)
+    return tuple(_fake_grads(given, needs))
+
+
+def _needs(head: Head) -> list[bool]:
+    """Which of hidden states, weight and bias want a gradient: products for the others are not made."""
+    return [torch.is_grad_enabled() and t is not None and t.requires_grad for t in head]
+
+
+def _as_inputs(grads: Any, given: LinearRows, factor: Tensor | None = None) -> list[Tensor | None]:
+    """Sums in the compute dtype as gradients of what is differentiated, times a factor."""
+    grads = grads if factor is None else [g * factor for g in grads]
+    return [None if t is None else g.to(t.dtype) for g, t in zip(grads, given.head, strict=True)]
+
+
+def _formula_grads(outputs: Callable[[Rows], Any], given: LinearRows, needs: list[bool], upstream: list[Any]) -> Any:
+    """The gradients as a differentiable function, by way of all logits (create_graph=True)."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        pairs = [
+            (y, g.to(y.dtype)) for y, g in zip(outputs(given.materialised()), upstream, strict=False) if g is not None
+        ]
+        ys, gs = zip(*pairs, strict=True)
+        inputs = [t for t, needed in zip(given.head, needs, strict=True) if needed and t is not None]
+        grads = iter(torch.autograd.grad(ys, inputs, gs, create_graph=create_graph))
+    return [next(grads) if needed else None for needed in needs]
+
+
+def _save(ctx: Any, args: Any, *more: Tensor) -> None:
+    """The arguments, of which the tensors must go through autograd's hands."""
+    ctx.others = [None if isinstance(a, Tensor) else a for a in args]
+    ctx.tensors = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
+    ctx.save_for_backward(*(args[i] for i in ctx.tensors), *more)
+
+
+def _saved(ctx: Any) -> tuple[list[Any], tuple[Tensor, ...]]:
+    args, saved = list(ctx.others), ctx.saved_tensors
+    for i, tensor in zip(ctx.tensors, saved, strict=False):
+        args[i] = tensor
+    return args, saved[len(ctx.tensors) :]
+
+
+class Reduced(torch.autograd.Function):
+    """(*arguments of linear_loss) -> loss ()."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        loss, *grads = torch.ops.fastloss.linear_loss(*args)
+        # Eager: not saved but held, to be given away. A compiled graph is run anew for every backward.
+        ctx.grads, traced = (None, grads) if torch.compiler.is_compiling() else (grads, [])
+        _save(ctx, args, *traced)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        args, traced = _saved(ctx)
+        nothing = [None] * (len(args) - 3)
+        given, (token_weight, normalizer, needs) = _record(*args)
+        if not torch.compiler.is_compiling() and needs_formula(upstream):
+            to = Reduction("sum", token_weight, normalizer, given.rows.compute_dtype)
+            outputs = lambda rows: [reduce_rows(reference.row_result(rows).loss, rows, to)]  # noqa: E731
+            return *_formula_grads(outputs, given, needs, [upstream]), *nothing
+        if torch.compiler.is_compiling():
+            return *_as_inputs(traced, given, upstream), *nothing
+        grads = ctx.grads
+        # They become somebody's .grad: a second backward makes them anew, from the logits.
+        ctx.grads = None
+        if grads is None:
+            _, *grads = torch.ops.fastloss.linear_loss(*args)
+        if upstream.device.type != "cpu" or upstream.item() != 1:
+            for g in grads:
+                g.mul_(upstream)
+        return *_as_inputs(grads, given), *nothing
+
+
+class PerRow(torch.autograd.Function):
+    """(*arguments of linear_row_loss, listed, needs) -> what it returns, statistics as in rows.PerRow; with `listed`
+    the log-probabilities (N, K) of the listed classes and the entropy."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Any:
+        *call, listed, needs = args
+        loss, stats, argmax, rank, logits = torch.ops.fastloss.linear_row_loss(*call)
+        ctx.listed, ctx.needs, ctx.extras = listed, needs, call[-1]
+        _save(ctx, call, stats)
+        ctx.set_materialize_grads(False)
+        if listed:
+            rows = _record(*call)[0].rows
+            log_prob = selected_log_probs(reference.transform(logits, rows.spec), rows, stats)
+            return log_prob, stats[4].clone() if ctx.extras else stats.new_empty(0)
+        if not ctx.extras:
+            return loss
+        ctx.mark_non_differentiable(argmax, rank)
+        return loss, stats[0] + stats[1], stats[2].clone(), stats[4].clone(), argmax, rank
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> Any:
+        call, (stats,) = _saved(ctx)
+        nothing = [None] * (len(call) - 3 + 2)
+        given, _ = _record(*call)
+        if all(g is None for g in upstream):
+            return None, None, None, *nothing
+        if not torch.compiler.is_compiling() and any(map(needs_formula, upstream)):
+            return *_formula_grads(_formula(ctx.listed), given, ctx.needs, list(upstream)), *nothing
+        four: list[Tensor | None] = [*upstream, None, None, None][:4]
+        if ctx.listed:
+            rows, stats, four = selected_upstream(given.rows, stats, *upstream)
+            given = given._replace(rows=rows)
+        grads = torch.ops.fastloss.linear_row_grad(*_flat(given), stats, four, ctx.needs)
+        return *_as_inputs(grads, given), *nothing
+
+
+def _formula(listed: bool) -> Callable[[Rows], Any]:
+    if listed:
+        return lambda rows: reference.selected(rows.input, rows.target, rows.spec)
+    return reference.row_result
+
+
+def _needs_reference(given: LinearRows, *vectors: Tensor | None) -> bool:
+    """As for rows of logits; and gradients of a teacher."""
+    learned = given.teacher or ()
+    return evaluate.needs_reference(given.rows, *learned, *vectors)
+
+
+def reduced_loss(given: LinearRows, to: Reduction) -> Tensor:
+    """The loss as `to` says, in its dtype; (N,) unreduced."""
+    rows = given.rows
+    if _needs_reference(given, to.token_weight, to.normalizer):
+        return evaluate.reduced_loss(given.materialised(), to)
+    if to.kind == "none" or saved_hooks_active():  # checkpointing, offloading: keep no gradients in the forward
+        return reduce_rows(per_row(given).loss, rows, to).to(to.dtype)
+    normalizer = to.normalizer
+    if normalizer is None and to.kind == "mean":
+        normalizer = mean_denominator(given.head.hidden.new_ones(len(rows.input), dtype=rows.compute_dtype), rows, to)
+    needs = _needs(given.head)
+    args = *_flat(given), to.token_weight, normalizer, needs
+    loss = Reduced.apply(*args) if any(needs) else torch.ops.fastloss.linear_loss(*args)[0]
+    return loss.to(to.dtype)
+
+
+def per_row(given: LinearRows, extras: bool = False) -> RowLoss:
+    """Losses and, with `extras`, statistics of each row; differentiable in the head."""
+    if _needs_reference(given):
+        return evaluate.row_losses(given.materialised(), extras)
+    out = PerRow.apply(*_flat(given), extras, False, _needs(given.head))
+    return RowLoss(*out) if extras else RowLoss(out)
+
+
+def selected(given: LinearRows, extras: bool) -> tuple[Tensor, Tensor]:
+    """Log-probabilities (N, K) of listed classes and, with `extras`, the entropy (N,); differentiable in the head."""
+    if _needs_reference(given):
+        rows = given.materialised()
+        return reference.selected(rows.input, rows.target, rows.spec)
+    return PerRow.apply(*_flat(given), extras, True, _needs(given.head))

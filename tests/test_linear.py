@@ -1,0 +1,516 @@
+"""Losses of hidden states on every engine: the case tables, with logits that are a product, against the float64
+textbook of all logits; then what is about the product: chunks, gradients that are not asked for, memory, dtypes."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import CASES, LOSS_CASES, TOLERANCE, Case
+from check import error, to
+from torch import Tensor
+
+import fastloss
+
+H = 33  # of hidden states: no multiple of anything
+ROWS = 7  # that may have logits at once: chunks, and a last one that is smaller
+NAMES = {
+    "cross_entropy": "linear_cross_entropy",
+    "kl_div_with_logits": "linear_kl_div",
+    "js_div_with_logits": "linear_js_div",
+    "topk_cross_entropy": "linear_topk_cross_entropy",
+    "topk_kl_div": "linear_topk_kl_div",
+    "selective_log_softmax": "linear_selective_log_softmax",
+}
+ALL_CASES = [*CASES, *LOSS_CASES]
+
+
+def head(V: int, features: int, dtype: torch.dtype, g: torch.Generator, N: int = 16) -> list[Tensor]:
+    """Hidden states (N, features), weight (V, features) and bias (V,), of logits of a few units."""
+    sizes = ((N, features), (V, features), (V,))
+    return [
+        (torch.randn(s, generator=g) * k).to(dtype) for s, k in zip(sizes, (1, 2 / features**0.5, 0.5), strict=True)
+    ]
+
+
+class Call:
+    """A case's loss from hidden states, and its oracle by way of all logits; `target` is a teacher's head for a
+    divergence."""
+
+    def __init__(self, case: Case, N: int, V: int, dtype: torch.dtype, g: torch.Generator) -> None:
+        self.case, self.V = case, V
+        _, target, self.options = case.inputs(N, V, dtype, g)
+        self.target: Any = head(V, H + 5, dtype, g, N) if case.objective.paired else target
+        self.head = head(V, H, dtype, g, N)
+
+    def ours(self, hidden: Tensor, weight: Tensor, bias: Tensor, **more: Any) -> Tensor:
+        loss = getattr(fastloss, NAMES[self.case.function])
+        options = {"max_chunk_bytes": ROWS * self.V * 4, **self.options, **more}
+        if not self.case.objective.paired:
+            return loss(hidden, weight, self.target, linear_bias=bias, **options)
+        teacher = {"target_input": self.target[0], "target_linear_weight": self.target[1]}
+        return loss(hidden, weight, **teacher, linear_bias=bias, target_linear_bias=self.target[2], **options)
+
+    def textbook(self, hidden: Tensor, weight: Tensor, bias: Tensor, **more: Any) -> Tensor:
+        """In the hidden states' own dtype."""
+        dtype = hidden.dtype
+        options = {name: to(value, dtype) for name, value in self.options.items()} | more
+        target = self.target
+        target = F.linear(*(t.to(dtype) for t in target)) if isinstance(target, list) else to(target, dtype)
+        return self.case.oracle(F.linear(hidden, weight, bias), target, **options)
+
+
+def results(f: Callable[..., Tensor], head: list[Tensor], upstream: Tensor | None, **more: Any) -> list[Tensor]:
+    """The loss and the gradients of hidden states, weight and bias."""
+    leaves = [t.detach().clone().requires_grad_() for t in head]
+    loss = f(*leaves, **more)
+    g = torch.ones_like(loss) if upstream is None else upstream.to(loss.dtype)
+    return [loss.detach(), *torch.autograd.grad(loss, leaves, g)]
+
+
+def assert_as_good_as_torch(call: Call, upstream: Tensor | None = None, **more: Any) -> None:
+    got = results(call.ours, call.head, upstream, **more)
+    exact, same = (
+        results(call.textbook, [t.to(d) for t in call.head], upstream, **more)
+        for d in (torch.float64, call.head[0].dtype)
+    )
+    for name, a, b, t in zip(("loss", "hidden", "weight", "bias"), got, same, exact, strict=True):
+        assert a.shape == t.shape, name
+        floor = 1.0 if name == "loss" else 1.0 / len(call.head[0])  # what they usually are
+        found, allowed = error(a, t, floor), error(b, t, floor)
+        allowed = allowed if allowed < float("inf") else 0.0
+        limit = allowed + 4 * TOLERANCE[call.head[0].dtype]
+        assert found <= limit, f"{call.case.name} {name}: {found:.2e}, torch {allowed:.2e}"
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("case", ALL_CASES, ids=lambda case: case.name)
+def test_case(engine, case, dtype, reduction, generator):
+    per_row = case.function == "selective_log_softmax"
+    if reduction == "none" and case.name in ("normalizer", "everything"):
+        pytest.skip("a normalizer divides a mean or a sum")
+    for N, V in ((3, 1), (16, 65), (17, 301)):
+        call = Call(case, N, V, dtype, generator)
+        upstream = case.upstream(N, generator) if per_row or reduction == "none" else None
+        assert_as_good_as_torch(call, upstream, **({} if per_row else {"reduction": reduction}))
+
+
+@pytest.mark.parametrize("V", [32000, 50257])
+def test_real_vocabularies(engine, V, generator):
+    for case in CASES[0], CASES[-1]:
+        assert_as_good_as_torch(Call(case, 5, V, torch.float32, generator))
+
+
+def test_chunks_change_nothing(engine, generator):
+    """Neither losses nor gradients of hidden states, to the bit; the weight's only as sums in another order."""
+    for case in ALL_CASES[:: 3 if engine == "cuda:host" else 1]:
+        call = Call(case, 40, 203, torch.float32, generator)
+        upstream = case.upstream(40, generator)
+        options = {} if case.function == "selective_log_softmax" else {"reduction": "none"}
+        call.options.pop("normalizer", None)
+        whole = results(call.ours, call.head, upstream, max_chunk_bytes=1 << 30, **options)
+        for rows in 1, 12, 17, 39:
+            got = results(call.ours, call.head, upstream, max_chunk_bytes=rows * 203 * 8, **options)
+            if engine == "reference" or engine.startswith("cuda"):  # whose products are a library's
+                torch.testing.assert_close(got, whole, rtol=1e-5, atol=1e-6)
+            else:
+                assert torch.equal(got[0], whole[0]) and torch.equal(got[1], whole[1]), case.name
+                torch.testing.assert_close(got[2:], whole[2:], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("asked", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1), (0, 1, 1)], ids=str)
+def test_only_what_is_asked_for(engine, asked, generator, monkeypatch):
+    """A frozen body or head costs no product, and gets no gradient."""
+    for reduction, forward in ("mean", 1), ("none", 2):
+        call = Call(CASES[1], 20, 101, torch.float32, generator)
+        want = results(call.ours, call.head, None if reduction == "mean" else torch.ones(20), reduction=reduction)
+        leaves = [t.clone().requires_grad_(bool(a)) for t, a in zip(call.head, asked, strict=True)]
+        products = count_products(monkeypatch)
+        call.ours(*leaves, reduction=reduction, max_chunk_bytes=1 << 30).sum().backward()
+        assert products() == forward + asked[0] + asked[1]
+        for leaf, grad, a in zip(leaves, want[1:], asked, strict=True):
+            assert (leaf.grad is not None) == bool(a)
+            if a:
+                torch.testing.assert_close(leaf.grad, grad, rtol=1e-5, atol=1e-6)
+
+
+def count_products(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """How many matrix products have been made since."""
+    from fastloss import backends
+    from fastloss.linear import heads
+
+    count = 0
+    choose = backends.choose_for
+
+    def counted(*request: Any) -> backends.Backend:
+        backend = choose(*request)
+
+        def matmul(*args: Any) -> None:
+            nonlocal count
+            count += 1
+            backend.matmul(*args)
+
+        return backend._replace(matmul=matmul)
+
+    monkeypatch.setattr(heads, "choose_for", counted)
+    return lambda: count
+
+
+def test_nothing_is_differentiated(engine, generator, monkeypatch):
+    """Scoring takes one product."""
+    for case in ALL_CASES:
+        call = Call(case, 9, 101, torch.float32, generator)
+        products = count_products(monkeypatch)
+        with torch.no_grad():
+            got = call.ours(*call.head, max_chunk_bytes=1 << 30)
+        assert products() == (2 if case.objective.paired else 1)
+        assert not got.requires_grad
+        torch.testing.assert_close(got, call.textbook(*call.head), rtol=1e-4, atol=1e-5)
+
+
+def test_rows_that_do_not_count_meet_no_product(generator):
+    """Ignored, masked or weightless rows: whatever they hold, and with it the time that they would take."""
+    for case in [CASES[1], LOSS_CASES[1], LOSS_CASES[13]]:
+        call = Call(case, 12, 101, torch.float32, generator)
+        dead = torch.tensor([0, 5, 6, 11])
+        if case.objective.paired:
+            call.options["mask"] = torch.ones(12, dtype=torch.bool).index_fill(0, dead, False)
+        else:
+            call.target[dead] = -100
+        want = results(call.ours, call.head, None)
+        call.head[0][dead] = torch.nan
+        got = results(call.ours, call.head, None)
+        for a, b in zip(got, want, strict=True):
+            assert torch.equal(a, b), case.name
+        assert (got[1][dead] == 0).all()
+
+
+def test_all_rows_ignored(engine, generator):
+    hidden, weight, bias = head(50, H, torch.float32, generator)
+    y = torch.full((16,), -100)
+    loss = lambda *t, **k: fastloss.linear_cross_entropy(*t[:2], y, linear_bias=t[2], **k)  # noqa: E731
+    for reduction, value in ("mean", torch.nan), ("sum", 0.0):
+        got = results(loss, [hidden, weight, bias], None, reduction=reduction)
+        torch.testing.assert_close(got[0], torch.tensor(value), equal_nan=True)
+        assert all((g == 0).all() for g in got[1:])
+    empty = [t.clone().requires_grad_() for t in (hidden[:0], weight, bias)]
+    fastloss.linear_cross_entropy(*empty[:2], y[:0], linear_bias=empty[2], reduction="sum").backward()
+    assert empty[0].grad.shape == (0, H) and (empty[1].grad == 0).all() and (empty[2].grad == 0).all()
+
+
+@pytest.mark.parametrize("upstream", [1.0, 0.25, -2.0, 0.0])
+def test_upstream_gradients(engine, upstream, generator):
+    for dtype in torch.float32, torch.float16:
+        assert_as_good_as_torch(Call(CASES[1], 20, 101, dtype, generator), torch.tensor(upstream))
+
+
+def test_leading_dimensions_and_strides(engine, generator):
+    call = Call(CASES[1], 24, 101, torch.float32, generator)
+    hidden, weight, bias = call.head
+    want = results(call.ours, call.head, None)
+    call.target = call.target.view(2, 3, 4)
+    got = results(call.ours, [hidden.view(2, 3, 4, H), weight, bias], None)
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1].view(24, H), want[1])
+    call.target = call.target.flatten()
+    strided = [hidden.t().contiguous().t(), torch.cat([weight, weight], 1)[:, :H], bias.repeat_interleave(2)[::2]]
+    leaves = [t.requires_grad_() for t in strided]
+    loss = call.ours(*leaves)
+    for a, b in zip((loss, *torch.autograd.grad(loss, leaves)), want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_class_probabilities_of_leading_dimensions(generator):
+    hidden, weight, _ = head(50, H, torch.float64, generator, 6)
+    q = torch.rand(2, 3, 50, generator=generator).double().softmax(-1)
+    want = F.cross_entropy(F.linear(hidden, weight), q.view(6, 50))
+    torch.testing.assert_close(fastloss.linear_cross_entropy(hidden.view(2, 3, H), weight, q), want)
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["indices", "probabilities"])
+def test_weight_of_more_dimensions(engine, soft, generator):
+    """One classifier for each of d1 x d2 positions."""
+    hidden, weight, bias = (torch.randn(s, generator=generator).double() for s in ((5, 7), (11, 2, 3, 7), (11, 2, 3)))
+    y = torch.randint(11, (5, 2, 3), generator=generator)
+    y[1] = -100
+    y = torch.rand(5, 11, 2, 3, generator=generator).double().softmax(1) if soft else y
+    options = {"label_smoothing": 0.1, "weight": torch.rand(11, generator=generator).double()}
+    for reduction in "mean", "sum", "none":
+
+        def textbook(h, w, b, reduction=reduction):
+            logits = F.linear(h, w.reshape(-1, 7), b.reshape(-1)).reshape(5, 11, 2, 3)
+            return F.cross_entropy(logits, y, reduction=reduction, **options)
+
+        def ours(h, w, b, reduction=reduction):
+            return fastloss.linear_cross_entropy(h, w, y, linear_bias=b, reduction=reduction, **options)
+
+        upstream = torch.rand(5, 2, 3, generator=generator) if reduction == "none" else None
+        got, want = (results(f, [hidden, weight, bias], upstream) for f in (ours, textbook))
+        torch.testing.assert_close(got, want)
+
+
+def test_stats(engine, generator):
+    call = Call(CASES[1], 20, 101, torch.float64, generator)
+    leaves = [t.clone().requires_grad_() for t in call.head]
+    loss, stats = call.ours(*leaves, return_stats=True)
+    logits = F.linear(*leaves)
+    want, expected = fastloss.cross_entropy(logits, call.target, return_stats=True)
+    torch.testing.assert_close((loss, *stats), (want, *expected))
+    weights = [torch.rand(20, generator=generator, dtype=torch.float64) for _ in range(3)]
+    got = torch.autograd.grad([loss, *stats[:3]], leaves, [torch.ones_like(loss), *weights])
+    want = torch.autograd.grad([want, *expected[:3]], leaves, [torch.ones_like(loss), *weights])
+    torch.testing.assert_close(got, want)
+
+
+def test_selected_with_entropy(engine, generator):
+    for shape in (9,), (9, 4):
+        hidden, weight, bias = head(60, H, torch.float64, generator, 9)
+        index = torch.randint(60, shape, generator=generator)
+
+        def both(select, *args):
+            log_prob, entropy = select(*args, return_entropy=True, temperature=1.3)
+            return log_prob.sum(-1).flatten().sum() * 0.5 + (entropy * torch.arange(9)).sum()
+
+        def ours(h, w, b, index=index):
+            f = lambda *a, **k: fastloss.linear_selective_log_softmax(*a, linear_bias=b, **k)  # noqa: E731
+            return both(f, h, w, index)
+
+        def textbook(h, w, b, index=index):
+            return both(fastloss.selective_log_softmax, F.linear(h, w, b), index)
+
+        got, want = (results(f, [hidden, weight, bias], None) for f in (ours, textbook))
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_info_nce(engine, symmetric, generator):
+    query, key = (torch.randn(20, 8, generator=generator, dtype=torch.float64) for _ in range(2))
+    temperature = torch.tensor(0.3, dtype=torch.float64)
+    negatives = None if symmetric else torch.randn(5, 8, generator=generator, dtype=torch.float64)
+
+    def loss(f, **more):
+        return lambda q, k, t: f(q, k, temperature=t, symmetric=symmetric, negatives=negatives, **more)
+
+    got = results(loss(fastloss.linear_info_nce, max_chunk_bytes=3 * 20 * 8), [query, key, temperature], None)
+    want = results(loss(fastloss.info_nce), [query, key, temperature], None)
+    torch.testing.assert_close(got, want)
+    number = fastloss.linear_info_nce(query, key, temperature=0.3, symmetric=symmetric, negatives=negatives)
+    torch.testing.assert_close(number, want[0])
+
+
+def test_a_second_backward(engine, generator):
+    call = Call(CASES[1], 20, 101, torch.float32, generator)
+    leaves = [t.clone().requires_grad_() for t in call.head]
+    loss = call.ours(*leaves)
+    first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    kept = [g.clone() for g in first]
+    for g in first:
+        g.fill_(torch.nan)  # they are the caller's, to do with as he likes
+    second = torch.autograd.grad(loss, leaves, torch.tensor(2.0))
+    torch.testing.assert_close(second, tuple(2 * g for g in kept), rtol=1e-6, atol=1e-7)
+
+
+def test_tied_embeddings(generator):
+    """The weight of the head is that of the embedding as well."""
+    tokens, y = (torch.randint(50, (12,), generator=generator) for _ in range(2))
+    grads = []
+    for loss in fastloss.linear_cross_entropy, lambda h, w, y: F.cross_entropy(F.linear(h, w), y):
+        table = torch.nn.Embedding(50, 8, dtype=torch.float64)
+        with torch.no_grad():
+            table.weight.copy_(torch.arange(400).view(50, 8).sin())
+        loss(table(tokens).tanh(), table.weight, y).backward()
+        grads.append(table.weight.grad)
+    torch.testing.assert_close(*grads)
+
+
+def test_autocast(generator):
+    """Hidden states in bfloat16 meet a float32 weight as it is; the loss is float32, each gradient in its dtype."""
+    hidden, weight, bias = head(301, H, torch.float32, generator)
+    y = torch.randint(301, (16,), generator=generator)
+    leaves = [hidden.bfloat16().requires_grad_(), weight.requires_grad_(), bias.requires_grad_()]
+    with torch.autocast("cpu"):
+        loss = fastloss.linear_cross_entropy(*leaves[:2], y, linear_bias=leaves[2])
+    assert loss.dtype == torch.float32
+    loss.backward()
+    assert [t.grad.dtype for t in leaves] == [torch.bfloat16, torch.float32, torch.float32]
+    exact = [t.detach().double().requires_grad_() for t in leaves]
+    want = F.cross_entropy(F.linear(*exact), y)
+    want.backward()
+    torch.testing.assert_close(loss.double(), want, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(leaves[1].grad.double(), exact[1].grad, rtol=1e-4, atol=1e-6)
+
+
+def test_sums_of_16_bit_gradients_are_float32(generator):
+    """Against gradients that are rounded after each chunk: their error grows with their number, ours does not."""
+    call = Call(CASES[0], 512, 65, torch.bfloat16, generator)
+    exact = results(call.textbook, [t.double() for t in call.head], None, reduction="sum")[2]
+    ours = results(call.ours, call.head, None, reduction="sum")[2]
+    rounded = torch.zeros_like(ours)
+    for part in range(0, 512, ROWS):
+        some = Call(CASES[0], 512, 65, torch.bfloat16, generator)
+        some.head = [call.head[0][part : part + ROWS], *call.head[1:]]
+        some.target = call.target[part : part + ROWS]
+        rounded += results(some.ours, some.head, None, reduction="sum")[2]
+    scale = exact.abs().max()
+    worst = [((g.double() - exact).abs().max() / scale).item() for g in (ours, rounded)]
+    assert worst[0] < worst[1] / 2, worst
+
+
+def test_second_derivatives(generator):
+    for case in CASES[1], CASES[4], LOSS_CASES[0], LOSS_CASES[12], LOSS_CASES[-1]:
+        call = Call(case, 4, 11, torch.float64, generator)
+        call.options = {k: to(v, torch.float64) for k, v in call.options.items()}
+        leaves = [t.requires_grad_() for t in call.head]
+        assert torch.autograd.gradcheck(call.ours, leaves)
+        assert torch.autograd.gradgradcheck(call.ours, leaves)
+
+
+# torch's own forward AD still scripts its decompositions when they are first used.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+def test_functional_transforms(generator):
+    for case in CASES[1], LOSS_CASES[0]:
+        call = Call(case, 4, 11, torch.float64, generator)
+        got = torch.func.grad(call.ours, (0, 1, 2))(*call.head)
+        torch.testing.assert_close(list(got), results(call.ours, call.head, None)[1:])
+        value, tangent = torch.func.jvp(call.ours, tuple(call.head), tuple(torch.ones_like(t) for t in call.head))
+        want = torch.func.jvp(call.textbook, tuple(call.head), tuple(torch.ones_like(t) for t in call.head))
+        torch.testing.assert_close((value, tangent), want)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch._dynamo's own
+@pytest.mark.parametrize("case", [CASES[1], CASES[13], *LOSS_CASES[::4], LOSS_CASES[-1]], ids=lambda case: case.name)
+def test_compiles_in_one_graph(case, generator):
+    call = Call(case, 9, 64, torch.float32, generator)
+    torch._dynamo.reset()  # it counts how often a function was compiled
+    for reduction in ("none",) if case.function == "selective_log_softmax" else ("mean", "none"):
+        more = {} if case.function == "selective_log_softmax" else {"reduction": reduction}
+        upstream = case.upstream(9, generator) if reduction == "none" else torch.tensor(0.5)
+        compiled = torch.compile(call.ours, fullgraph=True, backend="aot_eager")
+        got, want = (results(f, call.head, upstream, **more) for f in (compiled, call.ours))
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_operators_are_torchs(generator):
+    """opcheck: schema, fake tensors, dynamic shapes."""
+    from fastloss.linear import heads, rows
+    from fastloss.spec import Rows, make_spec
+
+    made = heads.Head(*head(31, H, torch.float32, generator))
+    y = torch.randint(31, (16,), generator=generator)
+    given = heads.LinearRows(Rows(heads.stand_in(made), y, None, make_spec()), made, None, 5)
+    flat = rows._flat(given)
+    tests = ("test_schema", "test_faketensor")
+    for needs in [True, True, True], [False, True, False]:
+        torch.library.opcheck(torch.ops.fastloss.linear_loss, (*flat, None, torch.tensor(3.0), needs), test_utils=tests)
+    for extras in False, True:
+        torch.library.opcheck(torch.ops.fastloss.linear_row_loss, (*flat, extras), test_utils=tests)
+    stats = torch.ops.fastloss.linear_row_loss(*flat, True)[1]
+    upstream = [torch.rand(16, generator=generator), None, None, None]
+    torch.library.opcheck(
+        torch.ops.fastloss.linear_row_grad, (*flat, stats, upstream, [True, True, True]), test_utils=tests
+    )
+
+
+def test_checkpointing(generator):
+    from torch.utils.checkpoint import checkpoint
+
+    call = Call(CASES[1], 20, 101, torch.float32, generator)
+    want = results(call.ours, call.head, None)
+    got = results(lambda *t: checkpoint(call.ours, *t, use_reentrant=False), call.head, None)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_module(generator):
+    module = fastloss.LinearCrossEntropyLoss(H, 50, bias=True, label_smoothing=0.1, z_loss=1e-3)
+    hidden, y = torch.randn(6, H, generator=generator), torch.randint(50, (6,), generator=generator)
+    want = fastloss.cross_entropy(module.linear(hidden), y, label_smoothing=0.1, z_loss=1e-3)
+    torch.testing.assert_close(module(hidden, y), want)
+    assert set(module.state_dict()) == {"linear.weight", "linear.bias"}
+    deep = fastloss.LinearCrossEntropyLoss(H, 5, out_features=(3,))
+    y = torch.randint(5, (6, 3), generator=generator)
+    want = F.cross_entropy(deep.linear(hidden).view(6, 5, 3), y)
+    torch.testing.assert_close(deep(hidden, y), want)
+
+
+def test_language_model_recipes(generator):
+    """fastloss.lm from hidden states: what it gives from their logits."""
+    hidden, weight, bias = head(50, H, torch.float64, generator, 24)
+    hidden, labels = hidden.view(2, 12, H), torch.randint(50, (2, 12), generator=generator)
+    labels[0, 3] = -100
+    logits, of_head = F.linear(hidden, weight, bias), {"linear_weight": weight, "linear_bias": bias}
+    lm = fastloss.lm
+    for loss in lm.causal_lm_loss, lm.masked_lm_loss, lm.sequence_cross_entropy, lm.sequence_log_likelihood:
+        torch.testing.assert_close(loss(hidden, labels, **of_head), loss(logits, labels))
+    scores = [lm.Perplexity(), lm.Perplexity()]
+    scores[0].update(hidden, labels, **of_head)
+    scores[1].update(logits, labels)
+    torch.testing.assert_close(scores[0].compute(), scores[1].compute())
+    with pytest.raises(TypeError, match="linear_bias: expected linear_weight"):
+        lm.causal_lm_loss(hidden, labels, linear_bias=bias)
+
+
+def test_memory_is_that_of_a_chunk():
+    """Beyond inputs and gradients, whatever N and V are: counted by torch's own profiler and by recycled buffers."""
+    from fastloss.linear import heads
+
+    sizes = []
+    original = heads._empty
+
+    def counted(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        made = original(shape, dtype, device)
+        sizes.append((tuple(shape), made.nbytes))
+        return made
+
+    heads._empty = counted
+    try:
+        for N, V in (64, 5000), (256, 5000), (256, 20000):
+            sizes.clear()
+            hidden, weight = (torch.randn(n, 16).requires_grad_() for n in (N, V))
+            fastloss.linear_cross_entropy(hidden, weight, torch.zeros(N, dtype=torch.int64), max_chunk_bytes=1 << 20)
+            gc.collect()
+            scratch = [nbytes for shape, nbytes in sizes if shape not in ((N, 16), (V, 16), (V,), (0,))]
+            assert len(scratch) == 1 and scratch[0] <= 1 << 20
+    finally:
+        heads._empty = original
+
+
+BAD = {
+    "linear_weight: expected linear_weight with dimensionality": lambda h, w, y: (h, w[0], y, {}),
+    "linear_weight: expected equal input and linear_weight last": lambda h, w, y: (h, w[:, 1:], y, {}),
+    "linear_bias: expected linear_bias shape": lambda h, w, y: (h, w, y, {"linear_bias": w[:3, 0]}),
+    "linear_weight: expected input's dtype": lambda h, w, y: (h, w.double(), y, {}),
+    "input: expected input with dimensionality": lambda h, w, y: (h[0, 0], w, y, {}),
+    "argument 'linear_weight' must be Tensor": lambda h, w, y: (h, w.tolist(), y, {}),
+    "input: expected a strided tensor in float32": lambda h, w, y: (h.long(), w, y, {}),
+    "max_chunk_bytes: expected": lambda h, w, y: (h, w, y, {"max_chunk_bytes": 0}),
+    "Expected input batch_size": lambda h, w, y: (h, w, y[1:], {}),
+    "target: expected shape": lambda h, w, y: (h.view(2, 3, -1), w, y.view(3, 2), {}),
+    "out of bounds": lambda h, w, y: (h, w, y + 50, {}),
+    "token_weight: expected shape": lambda h, w, y: (h, w, y, {"token_weight": torch.ones(5)}),
+    "normalizer: expected reduction": lambda h, w, y: (h, w, y, {"normalizer": 2, "reduction": "none"}),
+    "reduction: 'all'": lambda h, w, y: (h, w, y, {"reduction": "all"}),
+    "requires batched input": lambda h, w, y: (h[0], w[:, None], y, {}),
+    "ignore_index cannot be specified": lambda h, w, y: (h, w, torch.rand(6, 50), {"ignore_index": 1}),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input(message):
+    h, w = torch.randn(6, H), torch.randn(50, H)
+    *args, options = BAD[message](h, w, torch.arange(6))
+    with pytest.raises((RuntimeError, ValueError, TypeError, IndexError, NotImplementedError), match=message):
+        fastloss.linear_cross_entropy(*args, **options)
+
+
+def test_bad_teachers():
+    h, w = torch.randn(6, H), torch.randn(50, H)
+    with pytest.raises(RuntimeError, match="target_linear_weight: expected equal input"):
+        fastloss.linear_kl_div(h, w, h, w[:, 1:])
+    with pytest.raises(ValueError, match="target_input and target_linear_weight: logits: expected shape"):
+        fastloss.linear_kl_div(h, w, h, w[1:])
+    with pytest.raises(TypeError, match="neither weight nor label_smoothing"):
+        fastloss.linear_topk_kl_div(h, w, torch.zeros(6, 2).long(), torch.rand(6, 2), weight=torch.ones(50))
