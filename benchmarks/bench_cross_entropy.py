@@ -44,7 +44,7 @@ def test_case(case: Case, benchmark: Any, report: Report) -> None:
             race.round(skip=[FASTLOSS])
             fastloss.prepare()
 
-        benchmark.pedantic(fastloss.call, setup=others, rounds=settings.rounds)
+        benchmark.pedantic(fastloss.call, setup=others, rounds=settings.rounds_of(case))
         if benchmark.stats is None:
             pytest.skip("nothing is timed under --benchmark-disable")
         race.seconds[FASTLOSS] = list(benchmark.stats.stats.data)

@@ -140,7 +140,7 @@ def parse_options() -> argparse.Namespace:
     )
     add, threads = parser.add_argument, torch.get_num_threads()
     add("--text", type=Path, help="a text file to train on; without it, Python's standard library")
-    add("--steps", type=_at_least(1), default=200, help="training steps of each run")
+    add("--steps", type=_at_least(1), default=160, help="training steps of each run")
     add("--batch", type=_at_least(1), default=8, help="sequences per step")
     add("--context", type=_at_least(1), default=128, help="tokens per sequence")
     add("--vocab", type=_at_least(257), default=32000, help="entries of the tokenizer: bytes, pairs and an end mark")

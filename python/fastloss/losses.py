@@ -169,9 +169,8 @@ def cross_entropy(
     x, y = arguments.as_rows(input, target, spec.ignore_index)
     if weight is not None:
         weight = arguments.as_class_weights(weight, input, y, x.shape[1], spec, reduction)
-    shape = _row_shape(input, target)
     if token_weight is not None:
-        token_weight = arguments.check_token_weight(token_weight, x, shape)
+        token_weight = arguments.check_token_weight(token_weight, x, _row_shape(input, target))
     if normalizer is not None:
         normalizer = arguments.as_normalizer(normalizer, x, reduction)
     if inplace:
@@ -180,9 +179,9 @@ def cross_entropy(
     to = Reduction(reduction, token_weight, normalizer, arguments.loss_dtype(input, target, weight, out_dtype))
     if not return_stats:
         loss = reduced_loss(rows, to, inplace)
-        return loss.reshape(shape) if reduction == "none" else loss
+        return loss.reshape(_row_shape(input, target)) if reduction == "none" else loss
     row = row_losses(rows, True, inplace)
-    loss = reduce_rows(row.loss, rows, to).to(to.dtype)
+    loss, shape = reduce_rows(row.loss, rows, to).to(to.dtype), _row_shape(input, target)
     return loss.reshape(shape) if reduction == "none" else loss, stats_of(row, rows, shape)
 
 

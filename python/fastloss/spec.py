@@ -30,23 +30,25 @@ COMPUTE_DTYPE = {
 class Objective(IntEnum):
     """What the target of a row is, and what is asked of the logits against it; csrc/row_loss.h has the same list."""
 
-    INDEX = 0  # cross-entropy of a class index
-    PROBS = 1  # cross-entropy of class probabilities
-    TOPK = 2  # cross-entropy of the probabilities of some classes
-    TOPK_TAIL = 3  # and of all the others as one class
-    FORWARD_KL = 4  # KL(q || p), q the softmax of target logits
-    REVERSE_KL = 5  # KL(p || q)
-    JS = 6  # beta KL(q || m) + (1 - beta) KL(p || m), m = beta q + (1 - beta) p
+    # Attributes, not properties: a small call asks several times, and has no time for functions.
+    indexed: bool  # the target is class indices, of which some may be ignored
+    paired: bool  # the target is logits
 
-    @property
-    def indexed(self) -> bool:
-        """Whether the target is class indices, of which some may be ignored."""
-        return self in (Objective.INDEX, Objective.TOPK, Objective.TOPK_TAIL)
+    def __new__(cls, value: int, target: str = "") -> Objective:
+        made = int.__new__(cls, value)
+        made._value_ = value
+        made.indexed, made.paired = target == "indices", target == "logits"
+        return made
 
-    @property
-    def paired(self) -> bool:
-        """Whether the target is logits."""
-        return self >= Objective.FORWARD_KL
+    __hash__ = int.__hash__
+
+    INDEX = 0, "indices"  # cross-entropy of a class index
+    PROBS = 1, "probabilities"  # cross-entropy of class probabilities
+    TOPK = 2, "indices"  # cross-entropy of the probabilities of some classes
+    TOPK_TAIL = 3, "indices"  # and of all the others as one class
+    FORWARD_KL = 4, "logits"  # KL(q || p), q the softmax of target logits
+    REVERSE_KL = 5, "logits"  # KL(p || q)
+    JS = 6, "logits"  # beta KL(q || m) + (1 - beta) KL(p || m), m = beta q + (1 - beta) p
 
 
 class Spec(NamedTuple):

@@ -62,6 +62,9 @@ def readable(rows: Rows) -> Rows:
     """The rows as kernels read them; copies only what they could not: logits, probabilities and target logits with
     contiguous classes, the rest contiguous, weights in the compute dtype."""
     input, target, weight, spec, probs = rows
+    plain = weight is None and probs is None and spec.objective is Objective.INDEX
+    if plain and input.stride()[-1] == 1 and target.is_contiguous():
+        return rows  # as nearly every call's are
     target = target.contiguous() if spec.objective.indexed else _beside(target, input.dtype)
     if weight is not None:
         weight = weight.detach().to(rows.compute_dtype).contiguous()

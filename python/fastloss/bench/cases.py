@@ -12,6 +12,7 @@ from .losses import LOSSES
 
 # The alternatives' names, as they stand in the JSON.
 FASTLOSS, FIRST_TOUCH, EAGER, COMPILE, LIGER = "fastloss", "fastloss, first touch", "torch", "torch.compile", "liger"
+CHUNKED = "torch, chunked"  # its own linear_cross_entropy
 FLOOR, FRESH_COPY = "floor", "copy into a fresh buffer"
 
 
@@ -26,6 +27,10 @@ class Settings:
     compiled: bool = True
     device: str = "cpu"
 
+    def rounds_of(self, case: Case) -> int:
+        """Matrix products take seconds, and are less noisy for it."""
+        return min(3, self.rounds) if case.H and self.device == "cpu" else self.rounds
+
     @classmethod
     def of(cls, quick: bool, compiled: bool, device: str) -> Settings:
         """An accelerator's rounds take milliseconds: there are more of them."""
@@ -35,7 +40,8 @@ class Settings:
 
 
 class Target(NamedTuple):
-    """At least this many times as fast as each, and this share of the floor; None: not held to anything."""
+    """At least this many times as fast as each, and this share of the floor; None: not held to anything. `compile`: of
+    a loss of hidden states torch's own chunked one."""
 
     eager: float | None = None
     compile: float | None = None
@@ -57,6 +63,7 @@ class Case:
     target: Target = NO_TARGET
     environment: tuple[tuple[str, str], ...] = ()
     compiled: bool = True  # also against torch.compile
+    H: int = 0  # of hidden states, where the loss starts from them
 
     @property
     def work(self) -> str:
@@ -66,11 +73,16 @@ class Case:
     def name(self) -> str:
         """Unique, also as a pytest id."""
         pages = "-huge-pages" if self.environment else ""
-        return f"{self.work}-{self.loss}-{self.dtype}-{self.N}x{self.V}{pages}".replace(" ", "-")
+        return f"{self.work}-{self.loss}-{self.dtype}-{self.shape}{pages}".replace(" ", "-")
+
+    @property
+    def shape(self) -> str:
+        """N x V, or N x H x V."""
+        return f"{self.N}x{self.H}x{self.V}" if self.H else f"{self.N}x{self.V}"
 
     def __str__(self) -> str:
         pages = ", huge pages for torch" if self.environment else ""
-        return f"{self.loss}, {self.dtype} {self.N}x{self.V}, {self.work}{pages}"
+        return f"{self.loss}, {self.dtype} {self.shape}, {self.work}{pages}"
 
     def torch_dtype(self) -> torch.dtype:
         return getattr(torch, self.dtype)
@@ -81,13 +93,24 @@ class Inputs(NamedTuple):
     target: Tensor
     arguments: dict[str, Any]
 
+    def _learned(self) -> list[Tensor]:
+        return [t for t in (self.x, *self.arguments.values()) if isinstance(t, Tensor) and t.requires_grad]
+
+    def forget(self) -> None:
+        """No gradient is kept."""
+        for tensor in self._learned():
+            tensor.grad = None
+
+    def grad_bytes(self) -> int:
+        return sum(tensor.grad.nbytes for tensor in self._learned() if tensor.grad is not None)
+
 
 def inputs(case: Case, seed: int = 0, device: torch.device | None = None) -> Inputs:
-    """Logits (N, V) that require a gradient where one is measured; target (N,) or (N, V)."""
+    """Logits (N, V), or hidden states (N, H), that require a gradient where one is measured; target (N,) or (N, V)."""
     torch.manual_seed(seed)
     loss = LOSSES[case.loss]
     with torch.device(device or "cpu"):
-        x = torch.empty(case.N, case.V, dtype=case.torch_dtype()).normal_()
+        x = torch.empty(case.N, case.H or case.V, dtype=case.torch_dtype()).normal_()
         return Inputs(x.requires_grad_(case.backward), loss.target(case), loss.arguments(case))
 
 
@@ -103,6 +126,7 @@ _OTHERS = {
     "log-prob + entropy": 10,
     "pointer-generator": 8,
 }
+_LINEAR_SHAPES = ((1024, 1024, 32000), (1024, 768, 128256), (4096, 512, 50257))
 _HUGE_PAGES = (("THP_MEM_ALLOC_ENABLE", "1"),)
 
 
@@ -129,7 +153,13 @@ def cases(quick: bool = False, accelerator: bool = False) -> list[Case]:
         for N, V in ((2048, 32000), (1024, 128256))
         for dtype in ("float32", "bfloat16")
     ]
-    return [*plain, *options, *others, *pages]
+    linear = [
+        Case("linear", dtype, N, V, backward, _linear_target(dtype, backward), compiled=False, H=H)
+        for backward in (True, False)
+        for dtype in ("float32", "bfloat16")
+        for N, H, V in _LINEAR_SHAPES
+    ]
+    return [*plain, *options, *others, *pages, *linear]
 
 
 def _accelerator() -> list[Case]:
@@ -148,6 +178,13 @@ def _plain_target(dtype: str, backward: bool) -> Target:
     return Target(eager=10, compile=5, floor=0.7) if dtype == "float32" else Target(eager=9, compile=4, floor=0.7)
 
 
+def _linear_target(dtype: str, backward: bool) -> Target:
+    single = dtype == "float32"
+    if not backward:
+        return Target(eager=1.8 if single else 1.5)
+    return Target(eager=2.2 if single else 1.8, compile=4, floor=0.85)
+
+
 def _quick() -> list[Case]:
     # torch.compile takes seconds for each: once is enough to see that it runs.
     plain = [
@@ -157,4 +194,5 @@ def _quick() -> list[Case]:
     ]
     options = [Case(loss, "float32", 512, 8000, True, compiled=False) for loss in (*_OPTIONS, *_OTHERS)]
     pages = Case("plain", "float32", 512, 8000, True, environment=_HUGE_PAGES, compiled=False)
-    return [*plain, *options, pages]
+    linear = [Case("linear", "float32", 256, 8000, backward, compiled=False, H=64) for backward in (True, False)]
+    return [*plain, *options, pages, *linear]

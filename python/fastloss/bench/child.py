@@ -12,7 +12,7 @@ import torch
 
 from .cases import Case, Settings, inputs
 from .measure import run
-from .records import LOSSES
+from .records import LINEAR_LOSSES, LOSSES
 
 
 def peak_bytes() -> int:
@@ -25,16 +25,18 @@ def peak_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def memory(name: str, dtype: str, N: int, V: int) -> dict[str, Any]:
-    """Peak above logits and gradient. The inputs are made without temporaries, so that the peak is the loss's own."""
-    loss = LOSSES[name]
-    small = inputs(Case("plain", dtype, 64, 4096, True))  # code, threads and their stacks
-    loss(small.x, small.target).backward()
-    x, target, _ = inputs(Case("plain", dtype, N, V, True))
-    before = peak_bytes()
-    loss(x, target).backward()
-    assert x.grad is not None
-    return {"extra_bytes": peak_bytes() - before - x.grad.nbytes}
+def memory(name: str, loss: str, dtype: str, N: int, V: int, H: int) -> dict[str, Any]:
+    """Peak above inputs and gradients. The inputs are made without temporaries, so that the peak is the loss's own."""
+    call = (LINEAR_LOSSES if H else LOSSES)[name]
+
+    def step(N: int, V: int) -> int:
+        data = inputs(Case(loss, dtype, N, V, True, H=H))
+        before = peak_bytes()
+        call(data.x, data.target, **data.arguments).backward()
+        return peak_bytes() - before - data.grad_bytes()
+
+    step(64, 4096)  # code, threads and their stacks
+    return {"extra_bytes": step(N, V)}
 
 
 def rounds(case: dict[str, Any], rounds: int, compiled: bool) -> dict[str, Any]:

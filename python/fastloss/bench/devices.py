@@ -81,17 +81,17 @@ class Device:
     def regimes(self, case: Case) -> dict[str, Regime]:
         """Gradient memory that is used again, and memory that was never touched before."""
         recycled = {FASTLOSS: Regime("recycled")}
-        return (
-            recycled | {FIRST_TOUCH: Regime("first touch", prepare=fastloss.empty_cache)} if case.backward else recycled
-        )
+        if not case.backward or case.H:
+            return recycled
+        return recycled | {FIRST_TOUCH: Regime("first touch", prepare=fastloss.empty_cache)}
 
     def regimes_differ_in(self, backward: bool) -> str | None:
         """What tells them apart, if there is more than one."""
         return "gradient memory" if backward else None
 
-    def extra_bytes(self, name: str, loss: Callable[..., Tensor], dtype: str, N: int, V: int) -> int:
-        """Peak memory of forward and backward above logits and gradient, in a process of its own."""
-        return child("memory", name=name, dtype=dtype, N=N, V=V)["extra_bytes"]
+    def extra_bytes(self, name: str, loss: Callable[..., Tensor], case: Case) -> int:
+        """Peak memory of forward and backward above inputs and gradients, in a process of its own."""
+        return child("memory", name=name, loss=case.loss, dtype=case.dtype, N=case.N, V=case.V, H=case.H)["extra_bytes"]
 
 
 class Accelerator(Device):
@@ -153,17 +153,16 @@ class Accelerator(Device):
     def regimes_differ_in(self, backward: bool) -> str | None:
         return "backend"
 
-    def extra_bytes(self, name: str, loss: Callable[..., Tensor], dtype: str, N: int, V: int) -> int:
+    def extra_bytes(self, name: str, loss: Callable[..., Tensor], case: Case) -> int:
         """What torch's allocator handed out at most."""
-        x, target, _ = inputs(Case("plain", dtype, N, V, True), device=self.device)
+        data = inputs(case, device=self.device)
         for _ in range(2):  # the first compiles, and loads libraries with workspaces of their own
-            x.grad = None
+            data.forget()
             before = self.module.memory_allocated()
             self.module.reset_peak_memory_stats()
-            loss(x, target).backward()
+            loss(data.x, data.target, **data.arguments).backward()
             self.wait()
-        assert x.grad is not None
-        return self.module.max_memory_allocated() - before - x.grad.nbytes
+        return self.module.max_memory_allocated() - before - data.grad_bytes()
 
 
 def open_device(text: str) -> Device:

@@ -89,12 +89,26 @@ def pointer_generator(
     return -(extended.gather(-1, target.view(B, T, 1)) + eps).log().mean()
 
 
+def linear_then_loss(x: Tensor, target: Tensor, linear_weight: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(x, linear_weight), target)
+
+
+def chunked(x: Tensor, target: Tensor, linear_weight: Tensor) -> Tensor:
+    """torch's own without all logits, from 2.13 on."""
+    options = torch.nn.LinearCrossEntropyOptions()
+    return F.linear_cross_entropy(x, linear_weight, target, options=options)
+
+
 # ---- fastloss's, where it is not one call ----------------------------------------------------------------------------
 
 
 def _log_prob_and_entropy(x: Tensor, index: Tensor) -> Tensor:
     log_prob, entropy = fastloss.selective_log_softmax(x, index, return_entropy=True)
     return log_prob.mean() + entropy.mean()
+
+
+def linear(x: Tensor, target: Tensor, linear_weight: Tensor) -> Tensor:
+    return fastloss.linear_cross_entropy(x, linear_weight, target)
 
 
 def _pointer_generator(x: Tensor, target: Tensor, attention: Tensor, **arguments: Any) -> Tensor:
@@ -113,6 +127,11 @@ def _topk_probs(case: Case) -> dict[str, Any]:
 def _topk_indices(case: Case) -> Tensor:
     """Distinct in each row."""
     return (torch.randint(case.V, (case.N, 1)) + torch.arange(K) * (case.V // K)) % case.V
+
+
+def _linear_weight(case: Case) -> dict[str, Any]:
+    weight = torch.empty(case.V, case.H, dtype=case.torch_dtype()).normal_(std=case.H**-0.5)
+    return {"linear_weight": weight.requires_grad_(case.backward)}
 
 
 def _words(case: Case) -> Tensor:
@@ -148,5 +167,6 @@ LOSSES = {
         topk_kl, fastloss.topk_kl_div, lambda case: {**_topk_probs(case), "tail": "lump"}, _topk_indices, memory=14
     ),
     "log-prob + entropy": Loss(log_prob_and_entropy, _log_prob_and_entropy, memory=14),
+    "linear": Loss(linear_then_loss, linear, _linear_weight),
     "pointer-generator": Loss(pointer_generator, _pointer_generator, _article, _words, memory=16),
 }

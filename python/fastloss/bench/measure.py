@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -13,8 +14,11 @@ from torch import Tensor
 
 import fastloss
 
-from .cases import COMPILE, EAGER, FASTLOSS, FLOOR, FRESH_COPY, LIGER, LOSSES, Case, Inputs, Settings, inputs
+from .cases import CHUNKED, COMPILE, EAGER, FASTLOSS, FLOOR, FRESH_COPY, LIGER, LOSSES, Case, Inputs, Settings, inputs
 from .devices import Device, nothing
+from .losses import chunked
+
+_PATIENCE = 30.0  # seconds; what would take longer is said to, and left out
 
 
 @dataclass
@@ -28,14 +32,14 @@ class Alternative:
 
 @dataclass
 class Result:
-    """Seconds of every round, by alternative. `nbytes` is what the floor reads and writes; `labels` tells fastloss's
-    own alternatives apart."""
+    """Seconds of every round, by alternative. `work` is the bytes that the floor reads and writes, or with hidden
+    states the operations of its products; `labels` tells fastloss's own alternatives apart."""
 
     case: Case
     seconds: dict[str, list[float]]
     skipped: dict[str, str]
     floor: str
-    nbytes: int
+    work: int
     labels: dict[str, str]
 
     def median(self, name: str) -> float | None:
@@ -46,10 +50,10 @@ class Result:
         over, under = self.median(name), self.median(to)
         return over / under if over and under else None
 
-    def bandwidth(self, name: str = FASTLOSS) -> float | None:
-        """Achieved GB/s of the unavoidable traffic."""
+    def rate(self, name: str = FASTLOSS) -> float | None:
+        """Achieved GB/s of the unavoidable traffic, or GFLOP/s."""
         seconds = self.median(name)
-        return self.nbytes / seconds / 1e9 if seconds else None
+        return self.work / seconds / 1e9 if seconds else None
 
     def summary(self) -> dict[str, Any]:
         """Medians, and the ratios that the targets speak of."""
@@ -57,7 +61,7 @@ class Result:
             "name": self.case.name,
             "target": self.case.target._asdict(),
             "floor": self.floor,
-            "bytes": self.nbytes,
+            "flop" if self.case.H else "bytes": self.work,
             "skipped": self.skipped,
             "fastloss": self.labels,
             "median_ms": {name: self.median(name) * 1e3 for name in self.seconds},  # type: ignore[operator]
@@ -66,7 +70,8 @@ class Result:
                     "over_torch": self.ratio(EAGER, regime),
                     "over_compile": self.ratio(COMPILE, regime),
                     "share_of_floor": self.ratio(FLOOR, regime),
-                    "gb_per_s": self.bandwidth(regime),
+                    "over_chunked": self.ratio(CHUNKED, regime),
+                    "gflop_per_s" if self.case.H else "gb_per_s": self.rate(regime),
                 }
                 for regime in self.labels
             },
@@ -101,7 +106,7 @@ class Rotation:
     def forget(self) -> None:
         """No gradient is kept, nor its memory held."""
         for data in self.sets:
-            data.x.grad = None
+            data.forget()
 
 
 @dataclass
@@ -116,15 +121,15 @@ class Race:
     skipped: dict[str, str] = field(init=False, default_factory=dict)
     labels: dict[str, str] = field(init=False)
     floor: str = field(init=False)
-    nbytes: int = field(init=False)
+    work: int = field(init=False)
 
     def __post_init__(self) -> None:
         first = inputs(self.case, device=self.device.device)
         read = first.x.nbytes + (first.target.nbytes if LOSSES[self.case.loss].dense else 0)
         more = [inputs(self.case, seed, self.device.device) for seed in range(1, self.device.copies(read))]
         self.data = Rotation([first, *more])
-        self.nbytes = read + (first.x.nbytes if self.case.backward else 0)
-        self.entries = self._losses() | self._floors()
+        self.work = read + (first.x.nbytes if self.case.backward else 0)
+        self.entries = self._losses() | (self._products() if self.case.H else self._floors())
         for name in list(self.entries) * self.device.warm_ups:
             self._timed(name)
         self.device.wait()
@@ -149,7 +154,7 @@ class Race:
             self.seconds[name].append(self.device.seconds(start, end))
 
     def result(self) -> Result:
-        return Result(self.case, self.seconds, self.skipped, self.floor, self.nbytes, self.labels)
+        return Result(self.case, self.seconds, self.skipped, self.floor, self.work, self.labels)
 
     def _losses(self) -> dict[str, Alternative]:
         eager, entries = LOSSES[self.case.loss].torch, {}
@@ -158,11 +163,13 @@ class Race:
         for name, regime in regimes.items():
             entries[name] = self._step(LOSSES[self.case.loss].ours, regime.prepare)
             entries[name].context = regime.context
-        self._try(entries, EAGER, lambda: self._step(eager))
+        self._try(entries, EAGER, lambda: self._patient(eager))
         if self.settings.compiled and self.case.compiled:
             self._try(entries, COMPILE, lambda: self._compiled(eager))
         else:
             self.skipped[COMPILE] = "left out (--no-compile or --quick)"
+        if self.case.H:
+            self._try(entries, CHUNKED, lambda: self._patient(chunked))
         self._try(entries, LIGER, self._liger)
         return entries
 
@@ -198,6 +205,20 @@ class Race:
         else:
             entries[name] = entry
 
+    def _patient(self, loss: Callable[..., Tensor]) -> Alternative:
+        """The loss of hidden states, unless a sixteenth of the rows says that nobody would wait for it: libraries that
+        have no product for 16-bit numbers on a processor take minutes."""
+        if self.case.H and self.device.wall_clock:
+            x, target, arguments = self.data.now
+            few = max(1, len(x) // 16)
+            some = Inputs(x.detach()[:few].requires_grad_(x.requires_grad), target[:few], arguments)
+            start = time.perf_counter()
+            self._step(loss, data=Rotation([some])).call()
+            seconds = (time.perf_counter() - start) * len(x) / few
+            if seconds > _PATIENCE:
+                raise TimeoutError(f"would take {seconds:.0f} s, from {few} of its {len(x)} rows")
+        return self._step(loss)
+
     def _compiled(self, eager: Callable[..., Tensor]) -> Alternative:
         torch._dynamo.reset()  # no shape of an earlier case makes this one dynamic
 
@@ -219,6 +240,16 @@ class Race:
         data = Rotation([Inputs(mine, first.target, arguments)])
         return self._step(liger_cross_entropy, lambda: mine.data.copy_(first.x), data)
 
+    def _products(self) -> dict[str, Alternative]:
+        """The products that a loss of hidden states cannot do without, by the fastest library call found here: chunks
+        of float32 rows."""
+        case, N = self.case, min(512, self.case.N)
+        count = 3 if case.backward else 1
+        self.work = 2 * case.N * case.H * case.V * count
+        x, weight = torch.randn(N, case.H), torch.randn(case.V, case.H)
+        self.floor, product = fastest_product(x, weight, self.device)
+        return {FLOOR: Alternative(lambda: [product() for _ in range(count * case.N // N)], self.data.forget)}
+
     def _floors(self) -> dict[str, Alternative]:
         """The same bytes with no arithmetic to speak of: what no loss can beat."""
         data = self.data
@@ -238,7 +269,7 @@ class Race:
 def run(case: Case, settings: Settings, device: Device | None = None) -> Result:
     """All rounds of a case, in this process."""
     race = Race(case, settings, device or Device())
-    for _ in range(settings.rounds):
+    for _ in range(settings.rounds_of(case)):
         race.round()
     return race.result()
 
@@ -253,13 +284,30 @@ def fastest_read(x: Tensor, device: Device) -> tuple[str, Callable[[Tensor], obj
         "x.view(float32) @ ones": lambda x: torch.mv(x.view(torch.float32), ones),
         "dot(x.view(float32), x.view(float32))": lambda x: torch.dot(*[x.view(-1).view(torch.float32)] * 2),
     }
-    marks: dict[str, list[Any]] = {name: [] for name in reads}
+    best = fastest(reads, x, device)
+    return best, reads[best]
+
+
+def fastest_product(x: Tensor, weight: Tensor, device: Device) -> tuple[str, Callable[[], object]]:
+    """The fastest of the products of a head, (N, H) and (V, H) in float32, as torch computes it on this machine."""
+    logits, hidden, grad = x @ weight.t(), torch.empty_like(x), torch.zeros_like(weight)
+    products: dict[str, Callable[[Tensor], object]] = {
+        "torch.mm(x, weight.T)": lambda x: torch.mm(x, weight.t(), out=logits),
+        "torch.mm(dlogits, weight)": lambda x: torch.mm(logits, weight, out=hidden),
+        "torch.addmm(dweight, dlogits.T, x)": lambda x: torch.addmm(grad, logits.t(), x, out=grad),
+    }
+    best = fastest(products, x, device)
+    return f"{best}, once for each product", lambda: products[best](x)
+
+
+def fastest(calls: dict[str, Callable[[Tensor], object]], x: Tensor, device: Device) -> str:
+    """Which of the calls takes the least time on `x`."""
+    marks: dict[str, list[Any]] = {name: [] for name in calls}
     for _ in range(4):  # the first is for warming up
-        for name, read in reads.items():
+        for name, call in calls.items():
             device.occupy()
             start = device.mark()
-            read(x)
+            call(x)
             marks[name].append((start, device.mark()))
     device.wait()
-    best = min(reads, key=lambda name: statistics.median(device.seconds(*pair) for pair in marks[name][1:]))
-    return best, reads[best]
+    return min(calls, key=lambda name: statistics.median(device.seconds(*pair) for pair in marks[name][1:]))

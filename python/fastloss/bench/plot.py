@@ -36,17 +36,34 @@ def draw(results: list[Result], headline: str, path: Path) -> None:
     speed.axvline(1, color="black", linewidth=0.8)
     share.axvline(1, color="black", linewidth=0.8)
     speed.set_title("times as fast as torch eager (1 = torch)", loc="left")
-    share.set_title("share of the memory floor", loc="left")
+    share.set_title("share of the floor: memory, or matrix products", loc="left")
     handles, labels = speed.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     figure.suptitle(headline, x=0.01, ha="left", fontsize=10)
     figure.savefig(path, dpi=110)
 
 
+def draw_memory(rows: list[dict[str, Any]], headline: str, path: Path) -> None:
+    """Peak memory of losses of hidden states against the number of rows, a line for each loss."""
+    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    axes = figure.subplots()
+    for name in [name for name in rows[0] if name.endswith("_mib")]:
+        style = {"fastloss_mib": "o-", "logits_mib": "k:"}.get(name, "s--")
+        label = "one copy of the logits" if name == "logits_mib" else name.removesuffix("_mib")
+        axes.plot([row["N"] for row in rows], [max(row[name], 1) for row in rows], style, label=label)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    axes.set_xlabel(f"rows (V = {rows[0]['V']}, H = {rows[0]['H']}, float32)")
+    axes.set_ylabel("MiB above inputs and gradients")
+    axes.legend(frameon=False)
+    figure.suptitle(headline, x=0.01, ha="left", fontsize=7)
+    figure.savefig(path, dpi=110)
+
+
 def _label(result: Result) -> str:
     case = result.case
     pages = ", huge pages for torch" if case.environment else ""
-    return f"{case.loss}, {case.work}\n{case.dtype} {case.N}x{case.V}{pages}"
+    return f"{case.loss}, {case.work}\n{case.dtype} {case.shape}{pages}"
 
 
 def _bars(axes: Axes, results: list[Result], entries: dict[str, tuple[str, str]], value: Any, form: str) -> None:

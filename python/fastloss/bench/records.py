@@ -15,11 +15,17 @@ import fastloss
 
 from .cases import Case, Settings, inputs
 from .devices import Device
+from .losses import chunked, linear, linear_then_loss
 from .measure import Result
 from .processes import child, run
 
 Record = list[dict[str, Any]]
 LOSSES: dict[str, Callable[..., Tensor]] = {"fastloss": fastloss.cross_entropy, "torch": F.cross_entropy}
+LINEAR_LOSSES: dict[str, Callable[..., Tensor]] = {
+    "fastloss": linear,
+    "torch": linear_then_loss,
+    "torch chunked": chunked,
+}
 _DTYPES = ("float32", "bfloat16")
 _BLOCK = 100  # small calls between two looks at the clock
 
@@ -64,7 +70,22 @@ def peak_memory(settings: Settings, device: Device) -> Record:
         gradient = N * V * getattr(torch, dtype).itemsize
         row: dict[str, Any] = {"case": f"{dtype} {N}x{V}", "gradient_mib": gradient / 2**20}
         for name, loss in LOSSES.items():
-            row[f"{name}_mib"] = device.extra_bytes(name, loss, dtype, N, V) / 2**20
+            row[f"{name}_mib"] = device.extra_bytes(name, loss, Case("plain", dtype, N, V, True)) / 2**20
+        rows.append(row)
+    return rows
+
+
+def linear_memory(settings: Settings, device: Device) -> Record:
+    """MiB above hidden states, weight and their gradients at the peak of forward+backward, as N grows."""
+    N, V = settings.record_shape
+    rows = []
+    for n in (N // 4, N // 2, N, 2 * N):
+        row: dict[str, Any] = {"N": n, "H": 256, "V": V, "logits_mib": n * V * 4 / 2**20}
+        for name, loss in LINEAR_LOSSES.items():
+            if name == "torch chunked" and not hasattr(F, "linear_cross_entropy"):
+                continue
+            case = Case("linear", "float32", n, V, True, H=256)
+            row[f"{name}_mib"] = device.extra_bytes(name, loss, case) / 2**20
         rows.append(row)
     return rows
 
@@ -103,6 +124,7 @@ def _loss_grad(loss: Callable[..., Tensor], x: Tensor, target: Tensor) -> tuple[
 RECORDS: dict[str, Callable[[Settings, Device], Record]] = {
     "small calls": small_calls,
     "peak memory": peak_memory,
+    "linear memory": linear_memory,
     "import time": import_time,
     "error": error,
 }
