@@ -1,5 +1,6 @@
 // The CPU kernels without Python or torch, against the textbook in double: for processors that are only emulated here.
 // `make aarch64` compiles it for NEON and runs it under qemu. Prints what is wrong; exits with 1 if anything is.
+#include <array>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -120,6 +121,39 @@ bool agrees(const Case& c, std::mt19937& random) {
   return false;
 }
 
+// A product of (M, K) and, transposed, (N, K), against sums in double.
+bool multiplies(DType dtype, int64_t M, int64_t N, int64_t K, std::mt19937& random) {
+  std::normal_distribution<double> normal(0, 1);
+  const int64_t size = size_of(dtype), out_size = dtype == DType::kFloat64 ? 8 : 4;
+  std::vector<char> a(size_t(M * K * size)), b(size_t(N * K * size)), out(size_t(M * N * out_size));
+  for (auto* m : {&a, &b})
+    for (size_t k = 0; k < m->size(); k += size_t(size)) {
+      double x = normal(random);
+      write(&(*m)[k], dtype, x);
+    }
+  Product p;
+  p.a = {a.data(), M, K, K, 1, dtype};
+  p.b = {b.data(), K, N, 1, K, dtype};
+  p.out = out.data();
+  p.stride = N;
+  const Kernels& kernels = dtype == DType::kFloat64 ? FASTLOSS_ISA::kernels_float64 : FASTLOSS_ISA::kernels_float32;
+  kernels.matmul(p);
+  double error = 0;
+  for (int64_t i = 0; i < M; ++i)
+    for (int64_t j = 0; j < N; ++j) {
+      double sum = 0;
+      for (int64_t k = 0; k < K; ++k)
+        sum += read(&a[size_t((i * K + k) * size)], dtype) * read(&b[size_t((j * K + k) * size)], dtype);
+      const DType sums = dtype == DType::kFloat64 ? dtype : DType::kFloat32;
+      const double off = std::fabs(read(&out[size_t((i * N + j) * out_size)], sums) - sum);
+      error = off > error || off != off ? off : error;
+    }
+  if (error <= std::sqrt(double(K)) * (dtype == DType::kFloat64 ? 1e-14 : 4e-6)) return true;
+  std::printf("dtype %d, product of (%ld, %ld) and (%ld, %ld): off by %g\n", int(dtype), long(M), long(K), long(K),
+              long(N), error);
+  return false;
+}
+
 }  // namespace
 }  // namespace fastloss
 
@@ -134,6 +168,11 @@ int main() {
           ++count;
           wrong += !agrees({DType(dtype), 3, V, softcap, smoothing}, random);
         }
+  for (int dtype = 0; dtype < 4; ++dtype)
+    for (const auto [M, N, K] : {std::array<int64_t, 3>{1, 1, 1}, {6, 8, 4}, {7, 33, 130}, {40, 5, 1100}}) {
+      ++count;
+      wrong += !multiplies(DType(dtype), M, N, K, random);
+    }
   std::printf("%d cases, %d wrong\n", count, wrong);
   return wrong > 0;
 }

@@ -145,7 +145,7 @@ def test_bench_quick(tmp_path):
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     assert report["settings"]["rounds"] == 3
     assert report["skipped"] == {}
-    assert set(report["records"]) == {"small calls", "peak memory", "import time", "error"}
+    assert set(report["records"]) == {"small calls", "peak memory", "linear memory", "import time", "error"}
     names = [case["name"] for case in report["cases"]]
     assert len(set(names)) == len(names) > 5
     for case in report["cases"]:

@@ -514,3 +514,11 @@ def test_bad_teachers():
         fastloss.linear_kl_div(h, w, h, w[1:])
     with pytest.raises(TypeError, match="neither weight nor label_smoothing"):
         fastloss.linear_topk_kl_div(h, w, torch.zeros(6, 2).long(), torch.rand(6, 2), weight=torch.ones(50))
+
+
+def test_explain_says_who_makes_the_logits():
+    h, w, y = torch.randn(6, H).bfloat16(), torch.randn(50, H).bfloat16(), torch.arange(6)
+    assert "its own products, summed in float32" in fastloss.explain(h, y, linear_weight=w)
+    with fastloss.use_backend("reference"):
+        assert fastloss.explain(h, y, linear_weight=w).endswith("some rows at a time by torch's matmul, in bfloat16")
+    assert "logits  " not in fastloss.explain(h, y)

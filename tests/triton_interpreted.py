@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import cases
 import pytest
+import test_triton_heads
 import torch
 from cases import CASES, DTYPES, LOSS_CASES, SHAPES
 from check import assert_as_good_as_torch, assert_case
@@ -81,6 +82,14 @@ def test_other_losses(engine, case, dtype, generator):
     turn = LOSS_CASES.index(case) + DTYPES.index(dtype)
     for k, (N, V) in enumerate(list(SHAPES.values())[turn % 3 :: 3]):
         assert_case(case, N, V, dtype, ("mean", "none", "sum")[(k + turn // 3) % 3], generator)
+
+
+@pytest.mark.parametrize("options", test_triton_heads.OPTIONS)
+def test_heads(engine, options, generator):
+    """Losses of hidden states whose logits are never written. The interpreter multiplies the bits of bfloat16 numbers as if
+    they were integers: those are executed as PTX only."""
+    for N, V, H in (5, 2100, 40), (3, 130, 77), (70, 33, 16):
+        test_triton_heads.check(N, V, H, torch.float16, generator, **test_triton_heads.OPTIONS[options])
 
 
 @pytest.mark.parametrize("case", CASES[::2], ids=lambda case: case.name)

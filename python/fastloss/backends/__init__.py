@@ -18,7 +18,7 @@ class Backend(NamedTuple):
     """Functions that compute `spec.Rows`: reference.row_loss and row_grad, native.row_loss_grad say how. The last, loss
     and gradient in one pass, may be missing. With `rescale` the upstream gradient of a reduced loss is read on the
     device; without it, on the host. `matmul` and `logits_dtype` make logits from hidden
-    states: products.py says how."""
+    states: products.py says how; where it `takes_head`, `head_loss` needs none in memory."""
 
     name: str
     runs_on: str
@@ -27,8 +27,11 @@ class Backend(NamedTuple):
     row_grad: Callable[..., Tensor]
     row_loss_grad: Callable[..., tuple[Tensor, Tensor | None, Tensor | None]] | None = None
     rescale: Callable[[Tensor, Tensor], Tensor] | None = None
+    products_by: str = "torch's matmul"
     matmul: Callable[..., None] = products.matmul
     logits_dtype: Callable[[torch.dtype, torch.dtype], torch.dtype] = products.logits_dtype
+    takes_head: Callable[..., bool] | None = None
+    head_loss: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None
 
 
 def _on_device(
@@ -40,7 +43,17 @@ def _on_device(
         return lambda *args, **kwargs: function(kernels(), *args, **kwargs)
 
     row_loss, row_grad = lazily(device.row_loss), lazily(device.row_grad)
-    return Backend(name, runs_on, refuses, row_loss, row_grad, lazily(device.row_loss_grad), lazily(device.rescale))
+    return Backend(
+        name,
+        runs_on,
+        refuses,
+        row_loss,
+        row_grad,
+        lazily(device.row_loss_grad),
+        lazily(device.rescale),
+        takes_head=lazily(device.takes_head),
+        head_loss=lazily(device.head_loss),
+    )
 
 
 BACKENDS = (
@@ -51,6 +64,7 @@ BACKENDS = (
         native.row_loss,
         native.row_grad,
         native.row_loss_grad,
+        products_by="its own products, summed in float32 (float64 for float64)",
         matmul=native.matmul,
         logits_dtype=native.logits_dtype,
     ),
@@ -122,9 +136,10 @@ def refusals(
     }
 
 
-def explain(input: Tensor, target: Tensor, objective: str | None = None) -> str:
+def explain(input: Tensor, target: Tensor, objective: str | None = None, *, linear_weight: Tensor | None = None) -> str:
     """Which backend would compute a loss of these tensors, and why the others would not, as a small table. `objective`:
-    "index", "probs", "topk", "topk_tail", "forward_kl", "reverse_kl" or "js"; by default a cross-entropy."""
+    "index", "probs", "topk", "topk_tail", "forward_kl", "reverse_kl" or "js"; by default a cross-entropy. With
+    `linear_weight`, `input` is hidden states, and a line says who would make their logits."""
     name = ("probs" if target.is_floating_point() else "index") if objective is None else objective
     if name.upper() not in Objective.__members__:
         known = ", ".join(member.lower() for member in Objective.__members__)
@@ -135,6 +150,12 @@ def explain(input: Tensor, target: Tensor, objective: str | None = None) -> str:
         f"{'->' if name == chosen else '  '} {name:10s} {_status(name, reason, chosen)}"
         for name, reason in reasons.items()
     ]
+    if linear_weight is not None and chosen is not None:
+        source = next(backend for backend in BACKENDS if backend.name == chosen)
+        dtype = source.logits_dtype(input.dtype, linear_weight.dtype)
+        lines.append(
+            f"   logits     some rows at a time by {source.products_by}, in {str(dtype).removeprefix('torch.')}"
+        )
     return "\n".join(lines)
 
 

@@ -50,6 +50,10 @@ class Kernels(NamedTuple):
     total: Callable[[Tensor, Tensor | None, Tensor | None, Tensor], None]
     # (grad, upstream ()): grad *= upstream, untouched if that is one
     rescale: Callable[[Tensor, Tensor], None]
+    # (rows, hidden, head): can logits stay on chip that are the product of these?
+    takes_head: Callable[[Rows, Tensor, Tensor], bool] | None = None
+    # (rows, hidden, head, bias, loss, stats, argmax): row_stats of rows that have no logits in memory
+    head_stats: Callable[..., None] | None = None
 
 
 def _same_dtype(rows: Rows) -> Rows:
@@ -78,6 +82,28 @@ def _stats(kernels: Kernels, rows: Rows, extras: bool) -> tuple[Tensor, Tensor, 
 def row_loss(kernels: Kernels, rows: Rows, extras: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See reference.row_loss."""
     return _stats(kernels, _same_dtype(rows), extras)
+
+
+def takes_head(kernels: Kernels, rows: Rows, hidden: Tensor, head: Tensor) -> bool:
+    """Whether head_loss computes rows like these."""
+    return kernels.takes_head is not None and kernels.takes_head(rows, hidden, head)
+
+
+def head_loss(
+    kernels: Kernels, rows: Rows, hidden: Tensor, head: Tensor, bias: Tensor | None, extras: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses, statistics and argmax of rows whose logits are never written."""
+    assert kernels.head_stats is not None
+    hidden, head = (t if t.stride(-1) == 1 else t.contiguous() for t in (hidden, head))
+    target = rows.target.contiguous()
+    weight = None if rows.weight is None else rows.weight.detach().to(rows.compute_dtype).contiguous()
+    bias = None if bias is None else bias.detach().contiguous()
+    N, new, F = hidden.shape[0], hidden.new_empty, rows.compute_dtype
+    loss, stats, argmax = new(N, dtype=F), new((STATS, N), dtype=F), new(N if extras else 0, dtype=torch.int64)
+    if N:
+        given = rows._replace(target=target, weight=weight)
+        kernels.head_stats(given, hidden.detach(), head.detach(), bias, loss, stats, argmax if extras else None)
+    return loss, stats, argmax
 
 
 def row_grad(

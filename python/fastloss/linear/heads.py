@@ -191,6 +191,9 @@ def loss_and_grads(given: LinearRows, to: Reduction, needs: list[bool]) -> tuple
     """The summed loss () over the normalizer, and what it gives to the head, for an upstream gradient of one."""
     backend, rows = given.backend(), given.rows
     skipped = without_effect(rows, to.token_weight)
+    if not any(needs) and _on_chip(given, backend):
+        loss = reduce_rows(row_loss(given, False)[0], rows, to)
+        return loss, HeadGrads(given.head, needs, backend.matmul).result(None)
     grads = HeadGrads(given.head, needs, backend.matmul)
     total = given.head.hidden.new_zeros((), dtype=rows.compute_dtype)
     for chunk in chunks(given, backend, skipped):
@@ -216,24 +219,35 @@ def _chunk_loss(backend: Backend, rows: Rows, to: Reduction, overwrite: bool) ->
     return reduce_rows(loss, rows, to)
 
 
+def _on_chip(given: LinearRows, backend: Backend) -> bool:
+    """Whether losses need no logits in memory."""
+    hidden, weight, _ = given.head
+    return given.teacher is None and backend.takes_head is not None and backend.takes_head(given.rows, hidden, weight)
+
+
 def row_loss(given: LinearRows, extras: bool) -> list[Tensor]:
-    """Losses (N,), statistics (5, N), argmax and rank as reference.row_loss has them; and of targets that list classes
-    the logits of those, (N, K)."""
+    """Losses (N,), statistics (5, N) and argmax as reference.row_loss has them; and of targets that list classes the
+    logits of those, (N, K)."""
     backend, rows = given.backend(), given.rows
+    if _on_chip(given, backend):
+        assert backend.head_loss is not None
+        return [
+            *backend.head_loss(rows, *given.head, extras),
+            given.head.hidden.new_empty((0, 0), dtype=rows.compute_dtype),
+        ]
     skipped = None if extras else without_effect(rows)
     N, K = rows.input.shape[0], rows.target.shape[1] if rows.probs is not None else 0
     new, F = given.head.hidden.new_zeros, rows.compute_dtype
     out = [new(N, dtype=F), new((5, N), dtype=F), new(N if extras else 0, dtype=torch.int64)]
-    out += [new(N if extras and rows.spec.objective == 0 else 0, dtype=torch.int64), new((N, K), dtype=F)]
+    out.append(new((N, K), dtype=F))
     for chunk in chunks(given, backend, skipped):
-        loss, stats, argmax, rank = backend.row_loss(chunk.rows, extras)
+        loss, stats, argmax, _ = backend.row_loss(chunk.rows, extras)
         out[0][chunk.where], out[1][:, chunk.where] = loss, stats
-        for whole, part in zip(out[2:4], (argmax, rank), strict=True):
-            if len(whole):
-                whole[chunk.where] = part
+        if extras:
+            out[2][chunk.where] = argmax
         if K:
             listed = torch.where(chunk.rows.target == rows.spec.ignore_index, 0, chunk.rows.target)
-            out[4][chunk.where] = chunk.rows.input.gather(1, listed).to(F)
+            out[3][chunk.where] = chunk.rows.input.gather(1, listed).to(F)
     return out
 
 

@@ -24,7 +24,7 @@ from ..rows import (
     selected_log_probs,
     selected_upstream,
 )
-from ..spec import Objective, Reduction, Rows
+from ..spec import Reduction, Rows
 from . import heads
 from .heads import Head, LinearRows
 
@@ -38,7 +38,7 @@ library.define(
     f"linear_loss({_SCHEMA}, Tensor? token_weight, Tensor? normalizer, bool[] needs) "
     "-> (Tensor, Tensor, Tensor, Tensor)"
 )
-library.define(f"linear_row_loss({_SCHEMA}, bool extras) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
+library.define(f"linear_row_loss({_SCHEMA}, bool extras) -> (Tensor, Tensor, Tensor, Tensor)")
 library.define(
     f"linear_row_grad({_SCHEMA}, Tensor stats, Tensor?[] upstream, bool[] needs) -> (Tensor, Tensor, Tensor)"
 )
@@ -101,9 +101,7 @@ def _(*args: Any) -> tuple[Tensor, ...]:
     given, (extras,) = _record(*args)
     rows, new, F = given.rows, given.head.hidden.new_empty, given.rows.compute_dtype
     N, K = rows.input.shape[0], rows.target.shape[1] if rows.probs is not None else 0
-    ranked = extras and rows.spec.objective == Objective.INDEX
-    integers = [new(N if wanted else 0, dtype=torch.int64) for wanted in (extras, ranked)]
-    return new(N, dtype=F), new((5, N), dtype=F), *integers, new((N, K), dtype=F)
+    return new(N, dtype=F), new((5, N), dtype=F), new(N if extras else 0, dtype=torch.int64), new((N, K), dtype=F)
 
 
 @torch.library.register_fake("fastloss::linear_row_grad", lib=library)
@@ -190,7 +188,7 @@ class PerRow(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Any:
         *call, listed, needs = args
-        loss, stats, argmax, rank, logits = torch.ops.fastloss.linear_row_loss(*call)
+        loss, stats, argmax, logits = torch.ops.fastloss.linear_row_loss(*call)
         ctx.listed, ctx.needs, ctx.extras = listed, needs, call[-1]
         _save(ctx, call, stats)
         ctx.set_materialize_grads(False)
@@ -200,8 +198,8 @@ class PerRow(torch.autograd.Function):
             return log_prob, stats[4].clone() if ctx.extras else stats.new_empty(0)
         if not ctx.extras:
             return loss
-        ctx.mark_non_differentiable(argmax, rank)
-        return loss, stats[0] + stats[1], stats[2].clone(), stats[4].clone(), argmax, rank
+        ctx.mark_non_differentiable(argmax)
+        return loss, stats[0] + stats[1], stats[2].clone(), stats[4].clone(), argmax
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> Any:

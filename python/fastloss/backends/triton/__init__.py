@@ -35,7 +35,7 @@ def refuses(device: torch.device, dtype: torch.dtype, target_dtype: torch.dtype,
 @lru_cache(maxsize=1)
 def kernels() -> Kernels:
     """What launches them."""
-    from . import listed, pairs, rows
+    from . import heads, listed, pairs, rows
 
     def by_objective(name: str) -> Callable[..., Any]:
         def launch(given: Rows, *args: Any) -> Any:
@@ -45,4 +45,6 @@ def kernels() -> Kernels:
         return launch
 
     of_objectives = ("on_chip", "row_stats", "row_grad", "row_loss_grad")
-    return Kernels(*(by_objective(name) if name in of_objectives else getattr(rows, name) for name in Kernels._fields))
+    launches = {name: by_objective(name) for name in of_objectives}
+    launches |= {name: getattr(heads, name) for name in ("takes_head", "head_stats")}
+    return Kernels(*(launches.get(name) or getattr(rows, name) for name in Kernels._fields))

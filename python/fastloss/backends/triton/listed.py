@@ -14,7 +14,7 @@ from . import listed_kernels
 from .rows import OPTIONS, PART, WARPS, block_of, elements_of, on, row_states, strided, upstream_of, vector_of, warps_of
 
 
-def _general(rows: Rows) -> bool:
+def is_general(rows: Rows) -> bool:
     return rows.spec.softcap > 0 or rows.spec.label_smoothing > 0
 
 
@@ -36,12 +36,12 @@ def _list(rows: Rows, warps: int) -> dict[str, Any]:
 
 def on_chip(rows: Rows) -> bool:
     """Whether a row's numbers fit into the registers of a program."""
-    return rows.input.shape[1] <= 32 * WARPS * _held(rows, _general(rows))
+    return rows.input.shape[1] <= 32 * WARPS * _held(rows, is_general(rows))
 
 
 def row_loss_grad(rows: Rows, upstream: Upstream, loss: Tensor, grad: Tensor, unless_one: bool) -> None:
     """See Kernels."""
-    x, (N, V), general = rows.input, rows.input.shape, _general(rows)
+    x, (N, V), general = rows.input, rows.input.shape, is_general(rows)
     elements = _held(rows, general)
     block = block_of(V, 32 * WARPS * elements)
     with on(x):
@@ -53,7 +53,7 @@ def row_loss_grad(rows: Rows, upstream: Upstream, loss: Tensor, grad: Tensor, un
 
 def row_stats(rows: Rows, loss: Tensor, stats: Tensor, argmax: Tensor | None, rank: Tensor | None) -> None:
     """See Kernels. The rank is that of one class."""
-    N, general, extras = len(rows.input), _general(rows), argmax is not None
+    N, general, extras = len(rows.input), is_general(rows), argmax is not None
     states, block = row_states(rows, loss.dtype, general, extras)
     slices = states.shape[1]
     with on(loss):
@@ -66,7 +66,7 @@ def row_stats(rows: Rows, loss: Tensor, stats: Tensor, argmax: Tensor | None, ra
 def row_grad(rows: Rows, stats: Tensor, upstream: Upstream, grad: Tensor, unless_one: bool) -> None:
     """See Kernels."""
     x, (N, V) = rows.input, rows.input.shape
-    general = _general(rows) or upstream.entropy is not None
+    general = is_general(rows) or upstream.entropy is not None
     elements = _held(rows, general)
     block = block_of(V, 4 * 32 * elements)
     with on(x):

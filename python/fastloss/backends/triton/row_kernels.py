@@ -13,11 +13,24 @@ from .loss import coefficients, epilogue, finalize, slope, smoothed, squashed, t
 from .state import LOG2E, merge
 
 NOTHING = tl.constexpr(float("-inf"))  # a logit that is not there
-STATE = tl.constexpr(
-    7
-)  # centre, sum, moment, plain, mass; the maximum's column in its slice; logits above the target's
+# centre, sum, moment, plain, mass; the maximum's column in its slice; logits above the target's; the target's logit, if
+# there is no row to read it from
+STATE = tl.constexpr(8)
 
-_NUMBERS = ("V", "N", "picks", "unless_one", "ignore_index", "x_stride", "target_stride", "grad_stride", "token_stride")
+_NUMBERS = (
+    "V",
+    "N",
+    "H",
+    "hidden_stride",
+    "head_stride",
+    "picks",
+    "unless_one",
+    "ignore_index",
+    "x_stride",
+    "target_stride",
+    "grad_stride",
+    "token_stride",
+)
 _NUMBERS += ("g_stride", "lse_stride", "log_prob_stride", "entropy_stride")
 
 
@@ -214,7 +227,8 @@ def row_finish(
     states, slices, loss, stats, argmax, rank,
     GENERAL: tl.constexpr, EXTRAS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, SLICES: tl.constexpr,
 ):  # fmt: skip
-    """Grid (N / ROWS,). Merges each row's slices of length BLOCK, and writes its loss and statistics."""
+    """Grid (N / ROWS,). Merges each row's slices of length BLOCK, and writes its loss and statistics. Without `x`
+    the target's logit comes with its slice."""
     F: tl.constexpr = loss.dtype.element_ty
     SOFT: tl.constexpr = target.dtype.element_ty.is_floating()
     row, slice = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, SLICES)[None, :]
@@ -233,9 +247,12 @@ def row_finish(
     if not SOFT:
         y, ignored = label(tl.load(target + row, mask=here, other=ignore_index), V, ignore_index)
         some = row < tl.where(V > 0, N, 0)
-        z_y = tl.load(x + row * x_stride + y, mask=some, other=NOTHING).to(F)
-        if GENERAL:
-            z_y = squashed(z_y, cap, scale)
+        if x is None:
+            z_y = tl.sum(tl.load(states + 7, mask=there, other=0.0), 1)
+        else:
+            z_y = tl.load(x + row * x_stride + y, mask=some, other=NOTHING).to(F)
+            if GENERAL:
+                z_y = squashed(z_y, cap, scale)
         if weight is not None:
             w_y = tl.load(weight + y, mask=some, other=0.0)
     log_sum = tl.log(sums)

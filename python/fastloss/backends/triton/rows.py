@@ -63,7 +63,7 @@ def _soft(rows: Rows) -> bool:
     return rows.spec.objective == Objective.PROBS
 
 
-def _general(rows: Rows) -> bool:
+def is_general(rows: Rows) -> bool:
     return _soft(rows) or rows.spec.softcap > 0 or rows.spec.label_smoothing > 0
 
 
@@ -83,12 +83,12 @@ def _target_stride(rows: Rows) -> int:
 
 def on_chip(rows: Rows) -> bool:
     """Whether a row's numbers fit into the registers of a program."""
-    return rows.input.shape[1] <= 32 * WARPS * elements_of(rows.input.dtype, 16 if _general(rows) else 64)
+    return rows.input.shape[1] <= 32 * WARPS * elements_of(rows.input.dtype, 16 if is_general(rows) else 64)
 
 
 def row_loss_grad(rows: Rows, upstream: Upstream, loss: Tensor, grad: Tensor, unless_one: bool) -> None:
     """See Kernels."""
-    x, (N, V), general = rows.input, rows.input.shape, _general(rows)
+    x, (N, V), general = rows.input, rows.input.shape, is_general(rows)
     elements = elements_of(x.dtype, 16 if general else 64)
     block = block_of(V, 32 * WARPS * elements)
     with on(x):
@@ -120,15 +120,29 @@ def row_states(rows: Rows, dtype: torch.dtype, general: bool, extras: bool) -> t
 
 def row_stats(rows: Rows, loss: Tensor, stats: Tensor, argmax: Tensor | None, rank: Tensor | None) -> None:
     """See Kernels."""
-    x, (N, V), general, extras = rows.input, rows.input.shape, _general(rows), argmax is not None
-    states, block = row_states(rows, loss.dtype, general, extras)
-    slices = states.shape[1]
+    states, block = row_states(rows, loss.dtype, is_general(rows), argmax is not None)
+    finish(rows, rows.input, states, block, loss, stats, argmax, rank)
+
+
+def finish(
+    rows: Rows,
+    x: Tensor | None,
+    states: Tensor,
+    block: int,
+    loss: Tensor,
+    stats: Tensor,
+    argmax: Tensor | None,
+    rank: Tensor | None,
+) -> None:
+    """Losses and statistics from the states (N, slices, STATE) of slices of `block` classes."""
+    (N, V), slices = rows.input.shape, states.shape[1]
     merged = triton.next_power_of_2(slices)
-    together = max(1, min(32, 32 * elements_of(x.dtype, 8) // merged))  # rows whose states one warp merges
-    with on(x):
+    together = max(1, min(32, 32 * elements_of(rows.input.dtype, 8) // merged))  # rows whose states one warp merges
+    with on(loss):
         row_kernels.row_finish[(triton.cdiv(N, together),)](
-            x, x.stride(0), rows.target, rows.weight, V, N, *rows.spec[:5], states, slices, loss, stats, argmax, rank,
-            GENERAL=general, EXTRAS=extras, BLOCK=block, ROWS=together, SLICES=merged,
+            x, 0 if x is None else x.stride(0), rows.target, rows.weight, V, N, *rows.spec[:5], states, slices,
+            loss, stats, argmax, rank, GENERAL=is_general(rows), EXTRAS=argmax is not None, BLOCK=block, ROWS=together,
+            SLICES=merged,
             num_warps=1, **OPTIONS,
         )  # fmt: skip
 
@@ -136,7 +150,7 @@ def row_stats(rows: Rows, loss: Tensor, stats: Tensor, argmax: Tensor | None, ra
 def row_grad(rows: Rows, stats: Tensor, upstream: Upstream, grad: Tensor, unless_one: bool) -> None:
     """See Kernels."""
     x, (N, V) = rows.input, rows.input.shape
-    general = _general(rows) or upstream.entropy is not None
+    general = is_general(rows) or upstream.entropy is not None
     elements = elements_of(x.dtype, 16 if general else 64)
     block = block_of(V, 4 * 32 * elements)
     with on(x):

@@ -1,0 +1,52 @@
+"""The launches of head_kernels.py."""
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from ...spec import Objective, Rows
+from . import head_kernels
+from .row_kernels import STATE
+from .rows import OPTIONS, finish, is_general, on, vector_of
+
+# A tile of logits, and how deep its product is at once: 64 accumulators a thread on eight warps (half as many where a
+# loss needs more registers), and three stages of operands in 96 KiB, which every device that has tensor cores for these
+# dtypes has. Not of N: a row's bits must not depend on the batch around it.
+ROWS, COLUMNS, DEPTH, TILES = 128, 128, 64, 16
+LAUNCH = {"num_warps": 8, "num_stages": 3}
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+def takes_head(rows: Rows, hidden: Tensor, head: Tensor) -> bool:
+    """16-bit operands, whose products tensor cores sum in float32; other dtypes are the library's."""
+    alike = hidden.dtype in DTYPES and head.dtype == hidden.dtype
+    return alike and rows.spec.objective == Objective.INDEX
+
+
+def head_stats(
+    rows: Rows,
+    hidden: Tensor,
+    head: Tensor,
+    bias: Tensor | None,
+    loss: Tensor,
+    stats: Tensor,
+    argmax: Tensor | None,
+) -> None:
+    """As row_stats, of rows whose logits are hidden (N, H) @ head (V, H).T + bias (V,), H contiguous."""
+    (N, H), V, extras = hidden.shape, head.shape[0], argmax is not None
+    slices = max(1, triton.cdiv(V, TILES * COLUMNS))
+    states = hidden.new_empty((N, slices, STATE.value), dtype=loss.dtype)
+    ignore_index, eps, _, cap, scale = rows.spec[:5]
+    general = is_general(rows)
+    height = ROWS // 2 if general else ROWS
+    with on(hidden):
+        head_kernels.head_states[(triton.cdiv(N, height), slices)](
+            hidden, hidden.stride(0), head, head.stride(0), bias, rows.target, rows.weight, V, N, H,
+            ignore_index, eps, cap, scale, states, slices,
+            GENERAL=general, EXTRAS=extras, ROWS=height, COLUMNS=COLUMNS, DEPTH=DEPTH, TILES=TILES,
+            VECTOR=vector_of(H, hidden, head), **LAUNCH, **OPTIONS,
+        )  # fmt: skip
+    finish(rows, None, states, TILES * COLUMNS, loss, stats, argmax, None)
