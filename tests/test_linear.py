@@ -522,3 +522,26 @@ def test_explain_says_who_makes_the_logits():
     with fastloss.use_backend("reference"):
         assert fastloss.explain(h, y, linear_weight=w).endswith("some rows at a time by torch's matmul, in bfloat16")
     assert "logits  " not in fastloss.explain(h, y)
+
+
+def _rank(rank: int, file: str) -> None:
+    """Half of the rows on each of two ranks; every gradient is that of all rows."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    try:
+        torch.manual_seed(0)
+        body, loss = torch.nn.Linear(8, H), fastloss.LinearCrossEntropyLoss(H, 50, bias=True)
+        x, y = torch.randn(12, 8), torch.randint(50, (12,))
+        model = torch.nn.ModuleDict({"body": body, "loss": loss})
+        model.forward = lambda x, y: loss(body(x), y)  # type: ignore[method-assign]
+        want = torch.autograd.grad(F.cross_entropy(loss.linear(body(x)), y), list(model.parameters()))
+        replica = torch.nn.parallel.DistributedDataParallel(model)
+        replica(x[rank::2], y[rank::2]).backward()
+        torch.testing.assert_close([p.grad for p in model.parameters()], list(want), rtol=1e-4, atol=1e-6)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_data_parallel(tmp_path):
+    torch.multiprocessing.spawn(_rank, (str(tmp_path / "store"),), nprocs=2)

@@ -86,8 +86,8 @@ def test_other_losses(engine, case, dtype, generator):
 
 @pytest.mark.parametrize("options", test_triton_heads.OPTIONS)
 def test_heads(engine, options, generator):
-    """Losses of hidden states whose logits are never written. The interpreter multiplies the bits of bfloat16 numbers as if
-    they were integers: those are executed as PTX only."""
+    """Losses of hidden states whose logits are never written. The interpreter multiplies the bits of bfloat16 numbers
+    as if they were integers: those are executed as PTX only."""
     for N, V, H in (5, 2100, 40), (3, 130, 77), (70, 33, 16):
         test_triton_heads.check(N, V, H, torch.float16, generator, **test_triton_heads.OPTIONS[options])
 

@@ -18,7 +18,7 @@ from .cases import CHUNKED, COMPILE, EAGER, FASTLOSS, FLOOR, FRESH_COPY, LIGER, 
 from .devices import Device, nothing
 from .losses import chunked
 
-_PATIENCE = 30.0  # seconds; what would take longer is said to, and left out
+_PATIENCE = 60.0  # seconds; what would take longer is said to, and left out
 
 
 @dataclass

@@ -103,7 +103,8 @@ def linear_cross_entropy(
         options: a ``torch.nn.LinearCrossEntropyOptions``, or None. Its batch_chunk_size is the number of rows whose
             logits may exist at once; the rest asks for what is so anyway (sums in float32, retain_graph).
         z_loss, softcap, logit_scale, token_weight, normalizer, out_dtype, return_stats: as in `cross_entropy`.
-        max_chunk_bytes: logits that may exist at once; one row's always may.
+        max_chunk_bytes: logits that may exist at once; one row's always may. Packed operands of the products take a few
+            MiB more.
 
     Returns:
         The loss: a scalar, or with reduction="none" of the class indices' shape. With return_stats, (loss, stats).

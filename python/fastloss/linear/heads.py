@@ -16,7 +16,7 @@ from ..backends import Backend, choose_for, native
 from ..reduction import reduce_rows, valid_rows
 from ..spec import COMPUTE_DTYPE, Reduction, Rows
 
-MAX_CHUNK_BYTES = 64 << 20  # of logits that exist at once
+MAX_CHUNK_BYTES = 56 << 20  # of logits that exist at once: with what the products pack, below 64 MiB
 _PANEL = 12  # chunks are whole panels of the matrix product's
 
 
