@@ -157,9 +157,9 @@ def test_bench_quick(tmp_path):
 
 
 def check_case(case: dict) -> None:
-    backward = case["name"].startswith("forward+backward")
-    expected = {"fastloss", "torch", "floor"}
-    if backward:
+    backward, linear = case["name"].startswith("forward+backward"), "flop" in case
+    expected = {"fastloss", "torch", "floor"} | ({"torch, chunked"} if linear else set())
+    if backward and not linear:
         expected |= {"fastloss, first touch", "copy into a fresh buffer"}
     assert expected <= set(case["seconds"])
     assert "torch.compile" in case["skipped"]
@@ -170,6 +170,10 @@ def check_case(case: dict) -> None:
     assert ratios["over_torch"] == pytest.approx(median["torch"] / median["fastloss"])
     assert ratios["share_of_floor"] == pytest.approx(median["floor"] / median["fastloss"])
     assert ratios["over_compile"] is None
+    if linear:
+        assert ratios["over_chunked"] == pytest.approx(median["torch, chunked"] / median["fastloss"])
+        assert case["flop"] == 2 * 256 * 64 * 8000 * (3 if backward else 1)
+        return
     dtype = 4 if "float32" in case["name"] else 2
     reads = 1 + case["floor"].startswith("torch.add")  # a target of the logits' size
     assert reads == 1 + any(loss in case["name"] for loss in ("probabilities", "forward-KL", "reverse-KL", "JS"))
@@ -182,6 +186,8 @@ def check_records(records: dict) -> None:
         # torch keeps the log-probabilities and makes a gradient of them; fastloss holds rows.
         assert row["torch_mib"] > 0.9 * row["gradient_mib"]
         assert row["fastloss_mib"] < 0.5 * row["gradient_mib"]
+    for row in records["linear memory"]:
+        assert row["fastloss_mib"] < row["torch_mib"]
     for row in records["error"]:
         for part in ("loss", "grad"):
             assert row[f"fastloss_{part}"] <= 2 * row[f"torch_{part}"], row
