@@ -298,6 +298,10 @@ def test_info_nce(engine, symmetric, generator):
     got = results(loss(fastloss.linear_info_nce, max_chunk_bytes=3 * 20 * 8), [query, key, temperature], None)
     want = results(loss(fastloss.info_nce), [query, key, temperature], None)
     torch.testing.assert_close(got, want)
+    half = torch.tensor([0.3])  # one element, of another dtype than the items
+    for f in fastloss.linear_info_nce, fastloss.info_nce:
+        close = f(query.bfloat16(), key.bfloat16(), temperature=half, symmetric=symmetric, out_dtype=torch.float64)
+        assert abs(close - fastloss.info_nce(query, key, temperature=0.3, symmetric=symmetric)) < 0.05
     number = fastloss.linear_info_nce(query, key, temperature=0.3, symmetric=symmetric, negatives=negatives)
     torch.testing.assert_close(number, want[0])
 
@@ -325,6 +329,53 @@ def test_tied_embeddings(generator):
         loss(table(tokens).tanh(), table.weight, y).backward()
         grads.append(table.weight.grad)
     torch.testing.assert_close(*grads)
+
+
+def test_tied_embeddings_twice(generator):
+    """Second derivatives: what reaches the table through the hidden states is counted once."""
+    tokens, y = (torch.randint(7, (5,), generator=generator) for _ in range(2))
+    table = torch.randn(7, 4, generator=generator, dtype=torch.float64).requires_grad_()
+    for reduction in "mean", "none":
+
+        def loss(table, f=fastloss.linear_cross_entropy, reduction=reduction):
+            return f(table[tokens].tanh(), table, y, reduction=reduction)
+
+        assert torch.autograd.gradgradcheck(loss, (table,))
+        plain, graph = (torch.autograd.grad(loss(table).sum(), table, create_graph=c)[0] for c in (False, True))
+        torch.testing.assert_close(plain, graph.detach())
+
+
+def test_many_rows_of_float16(generator):
+    """Where a probability over the number of rows is below float16's smallest, on backends that keep logits so."""
+    hidden, weight, bias = head(2000, H, torch.float16, generator, 2048)
+    y = torch.randint(2000, (2048,), generator=generator)
+    loss = lambda *t: fastloss.linear_cross_entropy(*t[:2], y, linear_bias=t[2])  # noqa: E731
+    want = results(lambda *t: F.cross_entropy(F.linear(*t), y), [t.double() for t in (hidden, weight, bias)], None)
+    with fastloss.use_backend("reference"):
+        got = results(loss, [hidden, weight, bias], torch.tensor(16384.0))
+    for g, w in zip(got[1:], want[1:], strict=True):
+        assert ((g.double() / 16384 - w).norm() / w.norm()) < 1e-3
+
+
+def test_nothing_to_take_the_mean_of(engine, generator):
+    hidden, weight, _ = head(50, H, torch.float32, generator)
+    q = torch.rand(0, 50)
+    for target in torch.zeros(0, dtype=torch.int64), q:
+        assert fastloss.linear_cross_entropy(hidden[:0], weight, target).isnan()
+        assert fastloss.linear_cross_entropy(hidden[:0], weight, target, reduction="sum") == 0
+    assert fastloss.linear_kl_div(hidden[:0], weight, hidden[:0], weight).isnan()
+
+
+def test_no_features(generator):
+    y = torch.tensor([0, 2, 4])
+    got = fastloss.linear_cross_entropy(torch.zeros(3, 0), torch.randn(5, 0), y)
+    torch.testing.assert_close(got, torch.tensor(5.0).log())
+
+
+def test_a_bad_index_of_no_weight():
+    for options in {"token_weight": torch.tensor([1.0, 1.0, 0.0])}, {"max_chunk_bytes": 1}:
+        with pytest.raises(IndexError, match="Target 9 is out of bounds"):
+            fastloss.linear_cross_entropy(torch.zeros(3, 4), torch.randn(5, 4), torch.tensor([1, 2, 9]), **options)
 
 
 def test_autocast(generator):

@@ -48,6 +48,8 @@ def info_nce(
     """
     query, key, negatives, scale = _pairs(query, key, negatives, temperature, symmetric, normalize)
     logits = query @ (key if negatives is None else torch.cat([key, negatives])).T
+    if isinstance(temperature, Tensor):
+        logits = logits / temperature
     labels = torch.arange(len(query), device=query.device)
 
     def loss(similarities: Tensor) -> Tensor:
@@ -87,6 +89,9 @@ def linear_info_nce(
     Memory: gradients of query and keys, and max_chunk_bytes.
     """
     query, key, negatives, scale = _pairs(query, key, negatives, temperature, symmetric, normalize)
+    if isinstance(temperature, Tensor):  # which may be learned: over the keys, it reaches every similarity
+        key = (key / temperature).to(key.dtype)
+        negatives = None if negatives is None else (negatives / temperature).to(key.dtype)
     labels = torch.arange(len(query), device=query.device)
 
     def loss(rows: Tensor, classes: Tensor) -> Tensor:
@@ -109,7 +114,7 @@ def linear_info_nce(
 def _pairs(
     query: Tensor, key: Tensor, negatives: Tensor | None, temperature: float | Tensor, symmetric: bool, normalize: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, float]:
-    """Checked, scaled to length one if asked for, and what the similarities must be multiplied by."""
+    """Checked, scaled to length one if asked for, and what the similarities must be multiplied by (a tensor not yet)."""
     for name, x in (("query", query), ("key", key), ("negatives", negatives)):
         if x is not None and (not isinstance(x, Tensor) or x.dim() != 2 or x.shape[1] != query.shape[1]):
             got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
@@ -123,8 +128,4 @@ def _pairs(
     if normalize:
         query, key = F.normalize(query, dim=-1), F.normalize(key, dim=-1)
         negatives = None if negatives is None else F.normalize(negatives, dim=-1)
-    if not isinstance(temperature, Tensor):
-        return query, key, negatives, 1.0 / temperature
-    # One that may be learned divides the keys: that costs (N, D), and reaches every similarity.
-    negatives = None if negatives is None else negatives / temperature
-    return query, key / temperature, negatives, 1.0
+    return query, key, negatives, 1.0 if isinstance(temperature, Tensor) else 1.0 / temperature

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, overload
 
 import torch
@@ -193,19 +194,17 @@ def _class_second(logits: Tensor, target: Tensor, positions: bool) -> tuple[Tens
 def _parts(rows: Rows, head: Head) -> list[tuple[Rows, Head]]:
     """The rows by the classifier they belong to: one of (C, H), or of (C, d1, ..., dK, H) one for each position; row
     i * positions + d is hidden state i's."""
-    hidden, weight, bias = head
-    hidden = hidden.reshape(-1, hidden.shape[-1])
+    hidden, weight, bias = heads.flattened(head)
     if weight.dim() == 2:
         return [(rows, Head(hidden, weight, bias))]
-    weight, bias = weight.flatten(1, -2), None if bias is None else bias.flatten(1)
-    D = weight.shape[1]
+    D = math.prod(weight.shape[1:-1])
     if D == 0:
         return [(rows, Head(hidden[:0], weight.new_empty(weight.shape[0], hidden.shape[1]), None))]
+    # Unbound rather than indexed: gradients are stacked once, not added to zeros for each.
+    weights = weight.flatten(1, -2).unbind(1)
+    biases = [None] * D if bias is None else bias.flatten(1).unbind(1)
     return [
-        (
-            rows._replace(input=rows.input[d::D], target=rows.target[d::D]),
-            Head(hidden, weight[:, d], None if bias is None else bias[:, d]),
-        )
+        (rows._replace(input=rows.input[d::D], target=rows.target[d::D]), Head(hidden, weights[d], biases[d]))
         for d in range(D)
     ]
 

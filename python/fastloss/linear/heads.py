@@ -6,7 +6,7 @@ next chunk is made. The kernels of rows of logits do not know; every loss and ev
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -66,7 +66,7 @@ def stand_in(head: Head) -> Tensor:
 
 def flattened(head: Head) -> Head:
     """With hidden states as rows."""
-    return head._replace(hidden=head.hidden.reshape(-1, head.hidden.shape[-1]))
+    return head._replace(hidden=head.hidden.flatten(0, -2) if head.hidden.dim() > 1 else head.hidden[None])
 
 
 def rows_at_once(logits: Tensor, max_chunk_bytes: int, teacher: bool, rows: int | None = None) -> int:
@@ -84,7 +84,7 @@ class HeadGrads:
     """The gradients of hidden states (N, H), weight (V, H) and bias (V,), summed over chunks in the compute dtype; each
     only where it is needed, else empty."""
 
-    def __init__(self, head: Head, needs: list[bool], matmul: object) -> None:
+    def __init__(self, head: Head, needs: list[bool], matmul: Callable[..., None]) -> None:
         self.head, self.matmul, self.started = head, matmul, False
         dtype = COMPUTE_DTYPE[head.dtype]
         hidden, weight = head.hidden, head.weight
@@ -99,24 +99,28 @@ class HeadGrads:
         """What one chunk's rows contribute, from the gradient of their logits."""
         if self.needs[0]:
             part = self.hidden[where] if isinstance(where, slice) else self.hidden.new_empty(hidden.shape)
-            self.matmul(dlogits, self.head.weight, part)  # type: ignore[operator]
+            self.matmul(dlogits, self.head.weight, part)
             if isinstance(where, Tensor):
                 self.hidden[where] = part
         if self.needs[1]:
-            self.matmul(dlogits.t(), hidden, self.weight, self.started)  # type: ignore[operator]
+            self.matmul(dlogits.t(), hidden, self.weight, self.started)
         if self.needs[2]:
             total = dlogits.sum(0, dtype=self.bias.dtype)
             self.bias = self.bias + total if self.started else total
         self.started = True
 
-    def result(self, skipped: Tensor | None) -> list[Tensor]:
-        """The three; rows that were `skipped` (N,) have a gradient of zero."""
+    def result(self, skipped: Tensor | None, divisor: Tensor | None = None) -> list[Tensor]:
+        """The three, over a divisor; rows that were `skipped` (N,) have a gradient of zero."""
         if not self.started:
             self.weight.zero_()
             self.bias.zero_()
         if skipped is not None and self.needs[0]:
             self.hidden[skipped] = 0
-        return [self.hidden, self.weight, self.bias]
+        grads = [self.hidden, self.weight, self.bias]
+        if divisor is not None:
+            for grad in grads:
+                grad.div_(torch.where(divisor == 0, 1, divisor))  # where nothing counts, all are zero
+        return grads
 
 
 class Chunk(NamedTuple):
@@ -134,6 +138,7 @@ class Chunk(NamedTuple):
 def chunks(given: LinearRows, backend: Backend, skipped: Tensor | None = None) -> Iterator[Chunk]:
     """The rows that are not skipped, in equal parts."""
     rows, head, teacher = given.rows, given.head, given.teacher
+    _check_indices(rows)
     index = None if skipped is None else (~skipped).nonzero()[:, 0]
     N = rows.input.shape[0] if index is None else len(index)
     if N == 0:
@@ -152,6 +157,19 @@ def chunks(given: LinearRows, backend: Backend, skipped: Tensor | None = None) -
             target = _fill(target_buffer, teacher.hidden[where], teacher, backend)
         probs = None if rows.probs is None else rows.probs[where]
         yield Chunk(where, hidden, rows._replace(input=logits, target=target, probs=probs))
+
+
+def _check_indices(rows: Rows) -> None:
+    """Before any product, and also of rows that are skipped. On devices the kernels do."""
+    if not rows.spec.objective.indexed or rows.target.device.type != "cpu":
+        return
+    y, V = rows.target, rows.input.shape[1]
+    bad = (y != rows.spec.ignore_index) & ((y < 0) | (y >= V))
+    if bool(bad.any()):
+        raise IndexError(
+            f"target: expected class indices in [0, {V}) or ignore_index ({rows.spec.ignore_index}), but Target "
+            f"{y[bad][0].item()} is out of bounds."
+        )
 
 
 def _part(N: int, limit: int) -> int:
@@ -195,15 +213,19 @@ def loss_and_grads(given: LinearRows, to: Reduction, needs: list[bool]) -> tuple
         loss = reduce_rows(row_loss(given, False)[0], rows, to)
         return loss, HeadGrads(given.head, needs, backend.matmul).result(None)
     grads = HeadGrads(given.head, needs, backend.matmul)
-    total = given.head.hidden.new_zeros((), dtype=rows.compute_dtype)
+    total, divided = given.head.hidden.new_zeros((), dtype=rows.compute_dtype), False
+    # A probability over the number of tokens is next to nothing in float16: what is summed in float32 is divided then.
+    half = backend.logits_dtype(given.head.hidden.dtype, given.head.weight.dtype) == torch.float16
+    normalizer, divisor = (None, to.normalizer) if half else (to.normalizer, None)
     for chunk in chunks(given, backend, skipped):
-        part = to._replace(token_weight=chunk.of(to.token_weight))
+        part = to._replace(token_weight=chunk.of(to.token_weight), normalizer=normalizer)
         total += _chunk_loss(backend, chunk.rows, part, any(needs))
+        divided = normalizer is not None
         if any(needs):
             grads.add(chunk.where, chunk.hidden, chunk.rows.input)
-    if skipped is not None and bool(skipped.all()) and to.normalizer is not None:
-        total = total / to.normalizer  # the mean of nothing
-    return total, grads.result(skipped)
+    if to.normalizer is not None and not divided:
+        total = total / to.normalizer  # NaN where it is the mean of nothing
+    return total, grads.result(skipped, divisor)
 
 
 def _chunk_loss(backend: Backend, rows: Rows, to: Reduction, overwrite: bool) -> Tensor:
@@ -231,10 +253,8 @@ def row_loss(given: LinearRows, extras: bool) -> list[Tensor]:
     backend, rows = given.backend(), given.rows
     if _on_chip(given, backend):
         assert backend.head_loss is not None
-        return [
-            *backend.head_loss(rows, *given.head, extras),
-            given.head.hidden.new_empty((0, 0), dtype=rows.compute_dtype),
-        ]
+        none = given.head.hidden.new_empty((rows.input.shape[0], 0), dtype=rows.compute_dtype)
+        return [*backend.head_loss(rows, *given.head, extras), none]
     skipped = None if extras else without_effect(rows)
     N, K = rows.input.shape[0], rows.target.shape[1] if rows.probs is not None else 0
     new, F = given.head.hidden.new_zeros, rows.compute_dtype

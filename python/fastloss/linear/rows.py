@@ -122,9 +122,11 @@ def _as_inputs(grads: Any, given: LinearRows, factor: Tensor | None = None) -> l
 
 
 def _formula_grads(outputs: Callable[[Rows], Any], given: LinearRows, needs: list[bool], upstream: list[Any]) -> Any:
-    """The gradients as a differentiable function, by way of all logits (create_graph=True)."""
+    """The gradients as a differentiable function, by way of all logits (create_graph=True). Of aliases: hidden states
+    may be made from the very weight (tied embeddings), and what reaches it through them is autograd's to add."""
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
+        given = given._replace(head=Head(*(None if t is None else t.view_as(t) for t in given.head)))  # type: ignore[arg-type]
         pairs = [
             (y, g.to(y.dtype)) for y, g in zip(outputs(given.materialised()), upstream, strict=False) if g is not None
         ]

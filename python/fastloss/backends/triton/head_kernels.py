@@ -73,4 +73,4 @@ def head_states(
     if GENERAL:
         tl.store(states + 3, plain, mask=here)
         tl.store(states + 4, mass, mask=here)
-    tl.store(states + 7, z_y, mask=here)
+    tl.store(states + 6, z_y, mask=here)

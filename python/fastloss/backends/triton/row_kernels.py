@@ -13,9 +13,9 @@ from .loss import coefficients, epilogue, finalize, slope, smoothed, squashed, t
 from .state import LOG2E, merge
 
 NOTHING = tl.constexpr(float("-inf"))  # a logit that is not there
-# centre, sum, moment, plain, mass; the maximum's column in its slice; logits above the target's; the target's logit, if
-# there is no row to read it from
-STATE = tl.constexpr(8)
+# centre, sum, moment, plain, mass; the maximum's column in its slice; logits above the target's, or where there is no
+# row to read it from the target's logit
+STATE = tl.constexpr(7)
 
 _NUMBERS = (
     "V",
@@ -248,7 +248,7 @@ def row_finish(
         y, ignored = label(tl.load(target + row, mask=here, other=ignore_index), V, ignore_index)
         some = row < tl.where(V > 0, N, 0)
         if x is None:
-            z_y = tl.sum(tl.load(states + 7, mask=there, other=0.0), 1)
+            z_y = tl.sum(tl.load(states + 6, mask=there, other=0.0), 1)
         else:
             z_y = tl.load(x + row * x_stride + y, mask=some, other=NOTHING).to(F)
             if GENERAL:
