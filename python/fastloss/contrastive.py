@@ -114,7 +114,7 @@ def linear_info_nce(
 def _pairs(
     query: Tensor, key: Tensor, negatives: Tensor | None, temperature: float | Tensor, symmetric: bool, normalize: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, float]:
-    """Checked, scaled to length one if asked for, and what the similarities must be multiplied by (a tensor not yet)."""
+    """Checked, of length one if asked for, and what the similarities must be multiplied by (a tensor not yet)."""
     for name, x in (("query", query), ("key", key), ("negatives", negatives)):
         if x is not None and (not isinstance(x, Tensor) or x.dim() != 2 or x.shape[1] != query.shape[1]):
             got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
