@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import arguments, rows
 from .evaluate import needs_reference, row_losses
+from .rows import RowLoss
 from .spec import COMPUTE_DTYPE, Objective, Rows, make_spec
 
 
@@ -152,11 +153,15 @@ def selective_log_softmax(
     if chosen.probs is not None:
         log_prob, entropy = rows.selected(*chosen[:2], chosen.spec, return_entropy, needs_reference(chosen))
     else:
-        row = row_losses(chosen, extras=return_entropy)
-        log_prob = -row.loss if row.log_prob is None else row.log_prob
-        entropy = log_prob if row.entropy is None else row.entropy
+        log_prob, entropy = of_one_class(row_losses(chosen, extras=return_entropy))
     log_prob = log_prob.reshape(expected)
     return (log_prob, entropy.reshape(input.shape[:-1])) if return_entropy else log_prob
+
+
+def of_one_class(row: RowLoss) -> tuple[Tensor, Tensor]:
+    """The log-probability of each row's class, and the entropy if the rows were asked for extras."""
+    log_prob = -row.loss if row.log_prob is None else row.log_prob
+    return log_prob, log_prob if row.entropy is None else row.entropy
 
 
 def selective_rows(input: Tensor, index: Tensor, numbers: tuple[Any, ...]) -> tuple[Rows, torch.Size]:

@@ -24,10 +24,11 @@ _is_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda _: 
 _mode_depth = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 _saved_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: True)
 
-_ROWS_SCHEMA = (
-    "Tensor input, Tensor target, Tensor? weight, Tensor? probs, int ignore_index, float label_smoothing, "
-    "float z_loss, float softcap, float logit_scale, int objective, float target_scale, float beta"
+SPEC_SCHEMA = (
+    "int ignore_index, float label_smoothing, float z_loss, float softcap, float logit_scale, int objective, "
+    "float target_scale, float beta"
 )
+_ROWS_SCHEMA = f"Tensor input, Tensor target, Tensor? weight, Tensor? probs, {SPEC_SCHEMA}"
 library = torch.library.Library("fastloss", "DEF")
 library.define(f"row_loss({_ROWS_SCHEMA}, bool extras) -> (Tensor, Tensor, Tensor, Tensor)")
 library.define(f"row_grad({_ROWS_SCHEMA}, Tensor stats, Tensor?[] upstream) -> Tensor")
@@ -35,7 +36,7 @@ library.define(f"row_grad({_ROWS_SCHEMA}, Tensor stats, Tensor?[] upstream) -> T
 
 def _flat(rows: Rows) -> tuple[Any, ...]:
     """The arguments of _ROWS_SCHEMA."""
-    return rows.input, rows.target, rows.weight, rows.probs, *rows.spec[:5], int(rows.spec.objective), *rows.spec[6:]
+    return rows.input, rows.target, rows.weight, rows.probs, *flat_spec(rows.spec)
 
 
 def _record(
@@ -44,6 +45,11 @@ def _record(
     """Rows from the arguments of _ROWS_SCHEMA, and what follows them."""
     spec, rest = record_spec(numbers)
     return Rows(input, target, weight, spec, probs), rest
+
+
+def flat_spec(spec: Spec) -> tuple[Any, ...]:
+    """The arguments of SPEC_SCHEMA."""
+    return *spec[:5], int(spec.objective), *spec[6:]
 
 
 def record_spec(numbers: Sequence[Any]) -> tuple[Spec, list[Any]]:

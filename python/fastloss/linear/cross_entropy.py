@@ -166,15 +166,16 @@ def linear_cross_entropy(
         normalizer = arguments.as_normalizer(normalizer, x, reduction)
     to = Reduction(reduction, token_weight, normalizer, arguments.loss_dtype(logits, target, weight, out_dtype))
     limit = heads.rows_at_once(x, max_chunk_bytes, False, getattr(options, "batch_chunk_size", None))
-    parts = [LinearRows(rows, part, None, limit) for rows, part in _parts(Rows(x, y, weight, spec), head)]
+    rows = Rows(x, y, weight, spec)
+    parts = [LinearRows(some, part, None, limit) for some, part in _parts(rows, head)]
     if not return_stats and len(parts) == 1:
         loss = reduced_loss(parts[0], to)
         return loss.reshape(losses) if reduction == "none" else loss
     each = [per_row(part, return_stats) for part in parts]
     row = each[0] if len(each) == 1 else _interleaved(each)
-    loss = reduce_rows(row.loss, Rows(x, y, weight, spec), to).to(to.dtype)
+    loss = reduce_rows(row.loss, rows, to).to(to.dtype)
     loss = loss.reshape(losses) if reduction == "none" else loss
-    return (loss, stats_of(row, Rows(x, y, weight, spec), losses)) if return_stats else loss
+    return (loss, stats_of(row, rows, losses)) if return_stats else loss
 
 
 def _class_second(logits: Tensor, target: Tensor, positions: bool) -> tuple[Tensor, Tensor]:

@@ -32,6 +32,11 @@ class Head(NamedTuple):
         """Of hidden states and weight multiplied, where they differ (under autocast)."""
         return torch.promote_types(self.hidden.dtype, self.weight.dtype)
 
+    def grad_shapes(self, needs: list[bool]) -> list[tuple[int, ...]]:
+        """Of the three gradients: empty where one is not needed."""
+        shapes = self.hidden.shape, self.weight.shape, self.weight.shape[:1]
+        return [tuple(shape) if needed else (0,) for shape, needed in zip(shapes, needs, strict=True)]
+
     def logits(self) -> Tensor:
         """All of them, as a textbook writes it."""
         dtype = self.dtype
@@ -87,11 +92,8 @@ class HeadGrads:
     def __init__(self, head: Head, needs: list[bool], matmul: Callable[..., None]) -> None:
         self.head, self.matmul, self.started = head, matmul, False
         dtype = COMPUTE_DTYPE[head.dtype]
-        hidden, weight = head.hidden, head.weight
-        sizes = hidden.shape, weight.shape, weight.shape[:1]
         self.hidden, self.weight, self.bias = (
-            _empty(tuple(size) if needed else (0,), dtype, hidden.device)
-            for size, needed in zip(sizes, needs, strict=True)
+            _empty(shape, dtype, head.hidden.device) for shape in head.grad_shapes(needs)
         )
         self.needs = needs
 
@@ -208,20 +210,19 @@ def without_effect(rows: Rows, token_weight: Tensor | None = None) -> Tensor | N
 def loss_and_grads(given: LinearRows, to: Reduction, needs: list[bool]) -> tuple[Tensor, list[Tensor]]:
     """The summed loss () over the normalizer, and what it gives to the head, for an upstream gradient of one."""
     backend, rows = given.backend(), given.rows
+    grads, wanted = HeadGrads(given.head, needs, backend.matmul), any(needs)
+    if not wanted and _on_chip(given, backend):
+        return reduce_rows(row_loss(given, False)[0], rows, to), grads.result(None)
     skipped = without_effect(rows, to.token_weight)
-    if not any(needs) and _on_chip(given, backend):
-        loss = reduce_rows(row_loss(given, False)[0], rows, to)
-        return loss, HeadGrads(given.head, needs, backend.matmul).result(None)
-    grads = HeadGrads(given.head, needs, backend.matmul)
     total, divided = given.head.hidden.new_zeros((), dtype=rows.compute_dtype), False
     # A probability over the number of tokens is next to nothing in float16: what is summed in float32 is divided then.
     half = backend.logits_dtype(given.head.hidden.dtype, given.head.weight.dtype) == torch.float16
     normalizer, divisor = (None, to.normalizer) if half else (to.normalizer, None)
     for chunk in chunks(given, backend, skipped):
         part = to._replace(token_weight=chunk.of(to.token_weight), normalizer=normalizer)
-        total += _chunk_loss(backend, chunk.rows, part, any(needs))
+        total += _chunk_loss(backend, chunk.rows, part, wanted)
         divided = normalizer is not None
-        if any(needs):
+        if wanted:
             grads.add(chunk.where, chunk.hidden, chunk.rows.input)
     if to.normalizer is not None and not divided:
         total = total / to.normalizer  # NaN where it is the mean of nothing

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import arguments
-from ..logprobs import selective_rows
+from ..logprobs import of_one_class, selective_rows
 from ..topk import less_entropy, topk_rows
 from .heads import MAX_CHUNK_BYTES, Head, LinearRows, flattened, rows_at_once, stand_in
 from .rows import per_row, reduced_loss, selected
@@ -122,8 +122,6 @@ def linear_selective_log_softmax(
     if rows.probs is not None:
         log_prob, entropy = selected(given, return_entropy)
     else:
-        row = per_row(given, return_entropy)
-        log_prob = -row.loss if row.log_prob is None else row.log_prob
-        entropy = log_prob if row.entropy is None else row.entropy
+        log_prob, entropy = of_one_class(per_row(given, return_entropy))
     log_prob = log_prob.reshape(expected)
     return (log_prob, entropy.reshape(logits.shape[:-1])) if return_entropy else log_prob

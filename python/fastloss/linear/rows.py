@@ -16,7 +16,9 @@ from .. import evaluate
 from ..backends import reference
 from ..reduction import mean_denominator, reduce_rows
 from ..rows import (
+    SPEC_SCHEMA,
     RowLoss,
+    flat_spec,
     library,
     needs_formula,
     record_spec,
@@ -30,10 +32,7 @@ from .heads import Head, LinearRows
 
 _HEAD = "Tensor hidden, Tensor head_weight, Tensor? head_bias"
 _TEACHER = "Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias"
-_SCHEMA = (
-    f"{_HEAD}, Tensor? target, {_TEACHER}, Tensor? weight, Tensor? probs, int ignore_index, float label_smoothing, "
-    "float z_loss, float softcap, float logit_scale, int objective, float target_scale, float beta, int limit"
-)
+_SCHEMA = f"{_HEAD}, Tensor? target, {_TEACHER}, Tensor? weight, Tensor? probs, {SPEC_SCHEMA}, int limit"
 library.define(
     f"linear_loss({_SCHEMA}, Tensor? token_weight, Tensor? normalizer, bool[] needs) "
     "-> (Tensor, Tensor, Tensor, Tensor)"
@@ -46,10 +45,10 @@ library.define(
 
 def _flat(given: LinearRows) -> tuple[Any, ...]:
     """The arguments of _SCHEMA."""
-    rows, spec = given.rows, given.rows.spec
+    rows = given.rows
     target = rows.target if given.teacher is None else None
-    numbers = (*spec[:5], int(spec.objective), *spec[6:], given.limit)
-    return (*given.head, target, *(given.teacher or (None, None, None)), rows.weight, rows.probs, *numbers)
+    tensors = *given.head, target, *(given.teacher or (None, None, None)), rows.weight, rows.probs
+    return *tensors, *flat_spec(rows.spec), given.limit
 
 
 def _record(*args: Any) -> tuple[LinearRows, list[Any]]:
@@ -84,10 +83,8 @@ def _linear_row_grad(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _fake_grads(given: LinearRows, needs: list[bool]) -> list[Tensor]:
-    hidden, weight, _ = given.head
-    shapes = hidden.shape, weight.shape, weight.shape[:1]
-    dtype = given.rows.compute_dtype
-    return [hidden.new_empty(s if n else (0,), dtype=dtype) for s, n in zip(shapes, needs, strict=True)]
+    new, dtype = given.head.hidden.new_empty, given.rows.compute_dtype
+    return [new(shape, dtype=dtype) for shape in given.head.grad_shapes(needs)]
 
 
 @torch.library.register_fake("fastloss::linear_loss", lib=library)
