@@ -23,11 +23,15 @@ void check_targets(const Rows& r) {
 }
 
 void row_loss(const py::tuple& rows_tuple, uintptr_t loss, uintptr_t stats, uintptr_t argmax, uintptr_t rank,
-              bool extras) {
+              bool extras, bool whole) {
   const Rows rows = parse_rows(rows_tuple);
   check_targets(rows);
-  const RowOutputs out{reinterpret_cast<void*>(loss), reinterpret_cast<void*>(stats),
-                       reinterpret_cast<int64_t*>(argmax), reinterpret_cast<int64_t*>(rank), extras};
+  const RowOutputs out{reinterpret_cast<void*>(loss),
+                       reinterpret_cast<void*>(stats),
+                       reinterpret_cast<int64_t*>(argmax),
+                       reinterpret_cast<int64_t*>(rank),
+                       extras,
+                       whole};
   const py::gil_scoped_release release;
   kernels(rows.input.dtype).row_loss(rows, out);
 }

@@ -26,16 +26,26 @@ class Pair {
   // The loss of row i; gradient() may follow.
   template <bool>
   double loss(int64_t i) {
-    const PairState<double> state = reduce(i);
-    stats_ = log_sums(spec_, state);
-    Mixture<double> mixture;
-    if (spec_.objective == Objective::kJS) mixture = mix();
-    double value;
-    stats_ = finalize(spec_, stats_, mixture, &value);
-    return value;
+    stats_ = log_sums(spec_, reduce(i));
+    return finish();
   }
 
-  RowStats<double> stats() const { return {stats_.centre, stats_.log_sum, 0, 0, 0}; }
+  // What this part of row i contributes to the loss of the whole, whose statistics are given.
+  double loss_within(int64_t i, const PairStats<double>& whole) {
+    reduce(i);
+    stats_ = whole;
+    return finish();
+  }
+
+  const PairStats<double>& stats() const { return stats_; }
+
+  // The gradient of row i, or of a part of it, from statistics.
+  void gradient(int64_t i, const PairStats<double>& stats, const Upstream<double>& g, const Gradient& to) {
+    reduce(i);
+    stats_ = stats;
+    if (spec_.objective == Objective::kJS) mix();  // leaves what the gradient is made of
+    gradient(i, g, to);
+  }
 
   void gradient(int64_t i, const Upstream<double>& g, const Gradient& to) {
     const Coefficients<double> c = coefficients(spec_, stats_, g);
@@ -65,6 +75,14 @@ class Pair {
   const int64_t V_;
   const F cap_, scale_;
   PairStats<double> stats_ = {};
+
+  double finish() {
+    Mixture<double> mixture;
+    if (spec_.objective == Objective::kJS) mixture = mix();
+    double value;
+    stats_ = finalize(spec_, stats_, mixture, &value);
+    return value;
+  }
 
   double centre(int64_t t) const { return ws_.centre[t]; }
   double target_centre(int64_t t) const { return ws_.target_centre[t]; }

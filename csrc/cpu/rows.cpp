@@ -35,6 +35,29 @@ void for_rows(const Rows& rows, const ClassWeights<F>& weights, Fn&& fn) {
   });
 }
 
+// Statistics as they are kept, in F; what rounding takes from a centre, its log-sum keeps.
+template <class F>
+struct Columns {
+  F* at;
+  int64_t N;
+
+  RowStats<double> row(int64_t i) const { return {at[i], at[N + i], at[2 * N + i], at[3 * N + i], at[4 * N + i]}; }
+  PairStats<double> pair(int64_t i) const { return {at[i], at[N + i], at[2 * N + i], at[3 * N + i], at[4 * N + i]}; }
+  void put(int64_t i, const RowStats<double>& s) const {
+    put(i, {s.centre, s.log_sum + lost(s.centre), s.log_prob, s.mass, s.entropy});
+  }
+  void put(int64_t i, const PairStats<double>& s) const {
+    const double target_log_sum = s.target_log_sum + lost(s.target_centre);
+    put(i, {s.centre, s.log_sum + lost(s.centre), s.target_centre, target_log_sum, s.tilt});
+  }
+
+ private:
+  static double lost(double centre) { return std::isfinite(centre) ? centre - double(F(centre)) : 0; }
+  void put(int64_t i, const double (&columns)[kStats]) const {
+    for (int k = 0; k < kStats; ++k) at[k * N + i] = F(columns[k]);
+  }
+};
+
 // Loss and statistics of a row; with extras of an ignored one, too.
 template <class F>
 RowStats<double> evaluate(Row<F>& row, int64_t i, const RowOutputs& out, double* loss) {
@@ -49,66 +72,61 @@ RowStats<double> evaluate(Row<F>& row, int64_t i, const RowOutputs& out, double*
   return s;
 }
 template <class F>
-RowStats<double> evaluate(Pair<F>& pair, int64_t i, const RowOutputs&, double* loss) {
-  *loss = pair.template loss<false>(i);
-  return pair.stats();
+void row_loss_of(Row<F>& row, int64_t i, const Rows& rows, const RowOutputs& out, const Columns<F>& stats) {
+  const bool ignored = rows.ignored(i);
+  double value = 0;
+  RowStats<double> s = {};
+  if (!ignored || out.extras) s = evaluate(row, i, out, &value);
+  if (ignored) s.log_prob = s.mass = value = 0;
+  static_cast<F*>(out.loss)[i] = F(value);
+  stats.put(i, s);
+}
+template <class F>
+void row_loss_of(Pair<F>& pair, int64_t i, const Rows&, const RowOutputs& out, const Columns<F>& stats) {
+  const double value = out.whole ? pair.loss_within(i, stats.pair(i)) : pair.template loss<false>(i);
+  static_cast<F*>(out.loss)[i] = F(value);
+  stats.put(i, pair.stats());
 }
 
 template <class F>
 void row_loss(const Rows& rows, const RowOutputs& out) {
-  const int64_t N = rows.input.rows;
   const ClassWeights<F> weights(rows);
-  F* loss = static_cast<F*>(out.loss);
-  F* stats = static_cast<F*>(out.stats);
+  const Columns<F> stats{static_cast<F*>(out.stats), rows.input.rows};
   for_rows<F>(rows, weights, [&](auto& row, int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const bool ignored = rows.ignored(i);
-      double value = 0;
-      RowStats<double> s = {};
-      if (!ignored || out.extras) s = evaluate(row, i, out, &value);
-      if (ignored) s.log_prob = s.mass = value = 0;
-      loss[i] = F(value);
-      s.log_sum += s.centre - double(F(s.centre));  // what rounding takes from one, the other keeps
-      const double columns[kStats] = {s.centre, s.log_sum, s.log_prob, s.mass, s.entropy};
-      for (int k = 0; k < kStats; ++k) stats[k * N + i] = F(columns[k]);
-    }
+    for (int64_t i = begin; i < end; ++i) row_loss_of(row, i, rows, out, stats);
   });
 }
 
 // The gradient from the statistics; where they do not say enough, from the logits' state again.
 template <class F>
-void gradient_of(Row<F>& row, int64_t i, const Rows& rows, const RowStats<double>& s, const Upstream<double>& g,
+void gradient_of(Row<F>& row, int64_t i, const Rows& rows, const Columns<const F>& stats, const Upstream<double>& g,
                  const Gradient& to) {
   if (rows.spec.objective == Objective::kTopKTail) {
     row.template loss<true>(i);
     return row.gradient(i, g, to);
   }
   row.begin(i);
-  row.template gradient<false>(i, s, g, to);
+  row.template gradient<false>(i, stats.row(i), g, to);
 }
 template <class F>
-void gradient_of(Pair<F>& pair, int64_t i, const Rows&, const RowStats<double>&, const Upstream<double>& g,
+void gradient_of(Pair<F>& pair, int64_t i, const Rows&, const Columns<const F>& stats, const Upstream<double>& g,
                  const Gradient& to) {
-  pair.template loss<true>(i);
-  pair.gradient(i, g, to);
+  pair.gradient(i, stats.pair(i), g, to);
 }
 
 template <class F>
 void row_grad(const Rows& rows, const void* stats_data, const Vector upstream[4], const Matrix& grad) {
-  const int64_t N = rows.input.rows;
   const ClassWeights<F> weights(rows);
-  const F* stats = static_cast<const F*>(stats_data);
+  const Columns<const F> stats{static_cast<const F*>(stats_data), rows.input.rows};
   for_rows<F>(rows, weights, [&](auto& row, int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       Upstream<double> g{upstream[0].at(i, F(0)), upstream[1].at(i, F(0)), upstream[2].at(i, F(0)),
                          upstream[3].at(i, F(0))};
       if (rows.ignored(i)) g.loss = g.log_prob = 0;
-      if (g.loss == 0 && g.lse == 0 && g.log_prob == 0 && g.entropy == 0) {
+      if (g.loss == 0 && g.lse == 0 && g.log_prob == 0 && g.entropy == 0)
         write_zeros<F>(grad, i);
-        continue;
-      }
-      const RowStats<double> s{stats[i], stats[N + i], stats[2 * N + i], stats[3 * N + i], stats[4 * N + i]};
-      gradient_of(row, i, rows, s, g, {grad.row(i), grad.dtype, false});
+      else
+        gradient_of(row, i, rows, stats, g, {grad.row(i), grad.dtype, false});
     }
   });
 }

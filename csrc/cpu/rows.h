@@ -13,6 +13,7 @@ struct RowOutputs {
   int64_t* argmax = nullptr;  // (N,), or null
   int64_t* rank = nullptr;    // (N,) of class indices, or null
   bool extras = false;        // entropy too, and the statistics of ignored rows
+  bool whole = false;         // stats hold those of whole rows, of which these are a part (kJS)
 };
 
 struct Reduced {

@@ -39,8 +39,9 @@ Rows rows_like(int64_t V, int dtype, int objective, int64_t picks) {
 }
 
 void row_stats(const py::tuple& rows, uintptr_t states, uintptr_t parts, uintptr_t loss, uintptr_t stats,
-               uintptr_t argmax, uintptr_t rank, const PyStream& on) {
+               uintptr_t argmax, uintptr_t rank, bool whole, const PyStream& on) {
   StatsArgs args;
+  args.mixed = whole;  // of which these rows are a part: what is left is the second round
   args.rows = parse_rows(rows);
   args.loss = reinterpret_cast<void*>(loss);
   args.stats = reinterpret_cast<void*>(stats);

@@ -139,8 +139,10 @@ void launch_row_stats(const StatsArgs& given, void* states, int32_t* parts, Stre
     for_slices(k.row_states[0][parts || general(spec)]);
     for_rows(k.row_stats);
   } else {
-    for_slices(k.pair_states);
-    for_rows(k.pair_stats);
+    if (!args.mixed) {
+      for_slices(k.pair_states);
+      for_rows(k.pair_stats);
+    }
     if (spec.objective != Objective::kJS) return;
     args.mixed = true;
     for_slices(k.pair_mixtures);

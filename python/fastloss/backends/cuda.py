@@ -90,13 +90,15 @@ def _chip_slices(built: Any, device: torch.device, *cut: int) -> int:
         return built.chip_slices(device.index or 0, *cut)
 
 
-def _row_stats(rows: Rows, loss: Tensor, stats: Tensor, argmax: Tensor | None, rank: Tensor | None) -> None:
+def _row_stats(
+    rows: Rows, loss: Tensor, stats: Tensor, argmax: Tensor | None, rank: Tensor | None, whole: bool = False
+) -> None:
     x, built = rows.input, _built()
     N, slices = x.shape[0], built.slices(*_cut(rows))
     states = x.new_empty((N, slices, STATE_FIELDS), dtype=rows.compute_dtype)
     parts = None if argmax is None else x.new_empty((2, N, slices), dtype=torch.int32)
     addresses = (_address(t) for t in (states, parts, loss, stats, argmax, rank))
-    _launch(built.row_stats, x, rows_fields(rows), *addresses)
+    _launch(built.row_stats, x, rows_fields(rows), *addresses, whole)
 
 
 def _row_grad(rows: Rows, stats: Tensor, upstream: Upstream, grad: Tensor, unless_one: bool) -> None:

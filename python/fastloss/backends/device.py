@@ -38,8 +38,9 @@ class Kernels(NamedTuple):
 
     # can a row stay on chip?
     on_chip: Callable[[Rows], bool]
-    # (rows, loss (N,), stats (STATS, N), argmax (N,) and rank (N,) or None); with argmax all of stats
-    row_stats: Callable[[Rows, Tensor, Tensor, Tensor | None, Tensor | None], None]
+    # (rows, loss (N,), stats (STATS, N), argmax (N,) and rank (N,) or None); with argmax all of stats; of a JS a last
+    # argument whether stats holds those of whole rows, of which these are a part
+    row_stats: Callable[..., None]
     # (rows, stats, upstream, grad (N, V), unless_one): with `unless_one` nothing is written if upstream.loss is one
     row_grad: Callable[[Rows, Tensor, Upstream, Tensor, bool], None]
     # (rows, upstream, loss (N,), grad (N, V), unless_one): each row's gradient while the row is on chip
@@ -68,20 +69,25 @@ def _empty_grad(input: Tensor) -> Tensor:
     return torch.empty_like(input) if input.is_contiguous() else input.new_empty(input.shape)
 
 
-def _stats(kernels: Kernels, rows: Rows, extras: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _stats(
+    kernels: Kernels, rows: Rows, extras: bool, whole: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     N = rows.input.shape[0]
     ranked = extras and rows.spec.objective == Objective.INDEX
     loss = rows.input.new_empty(N, dtype=rows.compute_dtype)
-    stats = rows.input.new_empty((STATS, N), dtype=rows.compute_dtype)
+    stats = rows.input.new_empty((STATS, N), dtype=rows.compute_dtype) if whole is None else whole.clone()
     argmax, rank = (rows.input.new_empty(N if wanted else 0, dtype=torch.int64) for wanted in (extras, ranked))
     if N:
-        kernels.row_stats(rows, loss, stats, argmax if extras else None, rank if ranked else None)
+        second_round = () if whole is None else (True,)
+        kernels.row_stats(rows, loss, stats, argmax if extras else None, rank if ranked else None, *second_round)
     return loss, stats, argmax, rank
 
 
-def row_loss(kernels: Kernels, rows: Rows, extras: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See reference.row_loss."""
-    return _stats(kernels, _same_dtype(rows), extras)
+def row_loss(
+    kernels: Kernels, rows: Rows, extras: bool, whole: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See native.row_loss."""
+    return _stats(kernels, _same_dtype(rows), extras, whole)
 
 
 def takes_head(kernels: Kernels, rows: Rows, hidden: Tensor, head: Tensor) -> bool:

@@ -130,15 +130,17 @@ def logits_dtype(hidden: torch.dtype, weight: torch.dtype) -> torch.dtype:
     return COMPUTE_DTYPE[hidden]
 
 
-def row_loss(rows: Rows, extras: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See reference.row_loss."""
+def row_loss(rows: Rows, extras: bool, whole: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See reference.row_loss. Of a JS `whole` are the statistics of whole rows, of which these are a part: the loss is
+    what the part contributes, and the last of the statistics likewise."""
     rows = readable(rows)
     N = rows.input.shape[0]
-    loss, stats = torch.empty(N, dtype=rows.compute_dtype), torch.empty((5, N), dtype=rows.compute_dtype)
+    loss = torch.empty(N, dtype=rows.compute_dtype)
+    stats = torch.empty((5, N), dtype=rows.compute_dtype) if whole is None else whole.clone()
     ranked = extras and rows.spec.objective == Objective.INDEX
     argmax, rank = (torch.empty(N if wanted else 0, dtype=torch.int64) for wanted in (extras, ranked))
     written = argmax.data_ptr() if extras else 0, rank.data_ptr() if ranked else 0
-    _native.row_loss(rows_fields(rows, _num_threads()), loss.data_ptr(), stats.data_ptr(), *written, extras)
+    _native.row_loss(rows_fields(rows, _num_threads()), loss.data_ptr(), stats.data_ptr(), *written, extras, whole is not None)
     return loss, stats, argmax, rank
 
 

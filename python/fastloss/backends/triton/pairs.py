@@ -44,7 +44,9 @@ def row_loss_grad(rows: Rows, upstream: Upstream, loss: Tensor, grad: Tensor, un
         )  # fmt: skip
 
 
-def row_stats(rows: Rows, loss: Tensor, stats: Tensor, argmax: Tensor | None, rank: Tensor | None) -> None:
+def row_stats(
+    rows: Rows, loss: Tensor, stats: Tensor, argmax: Tensor | None, rank: Tensor | None, whole: bool = False
+) -> None:
     """See Kernels. There is no argmax of a pair of rows."""
     x, (N, V), spec = rows.input, rows.input.shape, rows.spec
     elements = elements_of(x.dtype, _HELD)
@@ -56,11 +58,12 @@ def row_stats(rows: Rows, loss: Tensor, stats: Tensor, argmax: Tensor | None, ra
     together = {"ROWS": max(1, min(32, 256 // merged)), "SLICES": merged, "num_warps": 1, **OPTIONS}
     grid, shape = (triton.cdiv(N, together["ROWS"]),), (spec.softcap, spec.logit_scale, spec.target_scale)
     with on(x):
-        forward = spec.objective == Objective.FORWARD_KL
-        pair_kernels.pair_states[(N, slices)](*_operands(rows), *shape, states, slices, FORWARD=forward, **cut)
-        pair_kernels.pair_finish[grid](
-            N, spec.z_loss, *shape, states, slices, loss, stats, **_direction(rows), **together
-        )
+        if not whole:
+            forward = spec.objective == Objective.FORWARD_KL
+            pair_kernels.pair_states[(N, slices)](*_operands(rows), *shape, states, slices, FORWARD=forward, **cut)
+            pair_kernels.pair_finish[grid](
+                N, spec.z_loss, *shape, states, slices, loss, stats, **_direction(rows), **together
+            )
         if spec.objective == Objective.JS:
             pair_kernels.pair_mixtures[(N, slices)](
                 *_operands(rows), N, *shape, spec.beta, stats, states, slices, **cut
