@@ -17,6 +17,7 @@ LAYERS = [
     {"reduction"},
     {"backends"},
     {"rows"},
+    {"parallel"},
     {"evaluate"},
     {"losses", "divergences", "topk", "logprobs"},
     {"linear"},

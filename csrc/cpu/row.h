@@ -102,9 +102,12 @@ class Row {
     return finalize(spec_, state, target(state.centre), V_, loss);
   }
 
-  // The statistics of the last loss(), as row_loss() writes them; of a tail only lse's.
+  // The statistics of the last loss(), as row_loss() writes them. Of a tail they are its centre, log-sum and
+  // log-probability, and the log-sum and centre of all, of which the log-sum is what rounding takes from the centre.
   RowStats<double> stats() const {
-    return spec_.objective == Objective::kTopKTail ? RowStats<double>{tail_.lse, 0, 0, 0, 0} : stats_;
+    if (spec_.objective != Objective::kTopKTail) return stats_;
+    const double centre = std::isfinite(tail_.lse) ? double(F(tail_.lse)) : tail_.lse;
+    return {tail_.centre, tail_.log_sum, tail_.log_prob, tail_.lse == centre ? 0 : tail_.lse - centre, centre};
   }
 
   // dx of row i, from what reduce<.., Keep> left (Kept), or from the logits again.

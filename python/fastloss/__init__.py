@@ -23,6 +23,7 @@ from .linear import (
 from .logprobs import RowStats, row_stats, selective_log_softmax, softmax_entropy
 from .losses import CrossEntropyStats, cross_entropy
 from .nn import CrossEntropyLoss, KLDivLoss, LinearCrossEntropyLoss
+from .parallel import VocabShard
 from .pointer import pointer_generator_nll
 from .topk import topk_cross_entropy, topk_kl_div
 
@@ -36,6 +37,7 @@ __all__ = [
     "LinearCrossEntropyLoss",
     "RowStats",
     "UncertaintyWeighting",
+    "VocabShard",
     "binary_cross_entropy_with_logits",
     "cosine_embedding_loss",
     "cosine_similarity_loss",

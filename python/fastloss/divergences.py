@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import arguments
 from .evaluate import reduced_loss
+from .parallel import VocabShard
 from .spec import Objective, Rows, make_spec
 
 _DIRECTIONS = {"forward": Objective.FORWARD_KL, "reverse": Objective.REVERSE_KL}
@@ -30,6 +31,7 @@ def kl_div_with_logits(
     normalizer: Tensor | float | None = None,
     out_dtype: torch.dtype | None = None,
     inplace: bool = False,
+    shard: VocabShard | None = None,
 ) -> Tensor:
     r"""``F.kl_div((input / T).log_softmax(-1), (target_logits / T).log_softmax(-1), log_target=True, ...).sum(-1)``
 
@@ -50,6 +52,7 @@ def kl_div_with_logits(
         normalizer: a number or a tensor of one element that replaces the mean's denominator, or divides the sum.
         out_dtype: dtype of the loss; by default input's, but float32 under autocast.
         inplace: the gradient may overwrite `input`, which must not be used afterwards.
+        shard: a `VocabShard`, where each rank of a process group has some of the classes.
 
     Returns:
         A scalar, or with reduction="none" a tensor of shape (...).
@@ -64,7 +67,7 @@ def kl_div_with_logits(
     tensor(0.4388)
     """
     shape = (softcap, logit_scale, z_loss, temperature)
-    weights = (token_weight, mask, reduction, normalizer, out_dtype, inplace)
+    weights = (token_weight, mask, reduction, normalizer, out_dtype, inplace, shard)
     return _divergence(input, target_logits, objective_of(direction), 0.5, shape, weights)
 
 
@@ -90,6 +93,7 @@ def js_div_with_logits(
     normalizer: Tensor | float | None = None,
     out_dtype: torch.dtype | None = None,
     inplace: bool = False,
+    shard: VocabShard | None = None,
 ) -> Tensor:
     r"""``beta * KL(q || m) + (1 - beta) * KL(p || m)``, ``m = beta * q + (1 - beta) * p``
 
@@ -104,7 +108,7 @@ def js_div_with_logits(
     its digits as the student learns.
     """
     shape = (softcap, logit_scale, z_loss, temperature)
-    weights = (token_weight, mask, reduction, normalizer, out_dtype, inplace)
+    weights = (token_weight, mask, reduction, normalizer, out_dtype, inplace, shard)
     return _divergence(input, target_logits, *objective_of_beta(beta), shape, weights)
 
 
@@ -119,12 +123,12 @@ def _divergence(
     input: Tensor, target_logits: Tensor, objective: Objective, beta: float, shape: tuple[Any, ...], weights: Any
 ) -> Tensor:
     softcap, logit_scale, z_loss, temperature = shape
-    token_weight, mask, reduction, normalizer, out_dtype, inplace = weights
+    token_weight, mask, reduction, normalizer, out_dtype, inplace, shard = weights
     x = arguments.classes_last(input)
     u = arguments.classes_last(arguments.beside(target_logits, "target_logits", input, input.shape), "target_logits")
     to = arguments.as_reduction(input, reduction, token_weight, mask, normalizer, out_dtype, KL_REDUCTIONS)
     if inplace:
         arguments.check_inplace(input, x)
     spec = make_spec(-100, 0.0, z_loss, softcap, logit_scale, objective, temperature, beta)
-    loss = reduced_loss(Rows(x, u, None, spec), to, inplace)
+    loss = reduced_loss(Rows(x, u, None, spec), to, inplace, shard)
     return loss.reshape(input.shape[:-1]) if to.kind == "none" else loss

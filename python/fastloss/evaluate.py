@@ -7,6 +7,8 @@ from torch import Tensor
 
 from . import rows as entrances
 from .backends import reference
+from .parallel import VocabShard
+from .parallel import rows as sharded
 from .reduction import reduce_rows
 from .spec import Objective, Reduction, Rows
 
@@ -14,8 +16,10 @@ _forward_ad = torch.autograd.forward_ad
 _grad_enabled = torch.is_grad_enabled
 
 
-def reduced_loss(rows: Rows, to: Reduction, inplace: bool = False) -> Tensor:
+def reduced_loss(rows: Rows, to: Reduction, inplace: bool = False, shard: VocabShard | None = None) -> Tensor:
     """The loss as `to` says, in its dtype; (N,) unreduced."""
+    if shard is not None:
+        return sharded.reduced(sharded.apply(rows, shard, inplace=inplace), rows, to)
     if to.kind != "none" and not needs_reference(rows, to.token_weight, to.normalizer):
         loss = entrances.reduced(rows, to, inplace)
         if loss is not None:
@@ -23,8 +27,13 @@ def reduced_loss(rows: Rows, to: Reduction, inplace: bool = False) -> Tensor:
     return reduce_rows(row_losses(rows, inplace=inplace).loss, rows, to).to(to.dtype)
 
 
-def row_losses(rows: Rows, extras: bool = False, inplace: bool = False) -> entrances.RowLoss:
+def row_losses(
+    rows: Rows, extras: bool = False, inplace: bool = False, shard: VocabShard | None = None
+) -> entrances.RowLoss:
     """Losses and, with `extras`, statistics of each row."""
+    if shard is not None:
+        asked = sharded.Asked(extras, extras and rows.spec.objective == Objective.INDEX)
+        return sharded.row_loss(sharded.apply(rows, shard, asked, inplace), rows, extras)
     if not needs_reference(rows):
         return entrances.per_row(rows, extras, inplace)
     if rows.weight is not None and rows.weight.requires_grad and rows.spec.objective == Objective.INDEX:

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from . import arguments, rows
 from .evaluate import needs_reference, row_losses
+from .parallel import VocabShard
+from .parallel import rows as sharded
 from .rows import RowLoss
 from .spec import COMPUTE_DTYPE, Objective, Rows, make_spec
 
@@ -34,6 +36,7 @@ def row_stats(
     temperature: float = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    shard: VocabShard | None = None,
 ) -> RowStats:
     r"""``lse = z.logsumexp(-1)``, ``log_prob = z.log_softmax(-1).gather(-1, target[..., None])[..., 0]``,
     ``entropy = -(z.softmax(-1) * z.log_softmax(-1)).sum(-1)``, ``argmax = z.argmax(-1)``,
@@ -48,6 +51,7 @@ def row_stats(
         target: (...) class indices, or None.
         ignore_index: targets of this index are none.
         temperature, softcap, logit_scale: > 0.
+        shard: a `VocabShard`, where each rank of a process group has some of the classes; without `rank`.
 
     Returns:
         RowStats, float32 (float64 for float64 logits). `rank` 0 is the most probable class.
@@ -68,28 +72,34 @@ def row_stats(
         y = x.new_full((x.shape[0],), spec.ignore_index, dtype=torch.int64)
     else:
         y = arguments.beside(target, "target", input, shape, integral=True).reshape(-1)
-    row = row_losses(Rows(x, y, None, spec), extras=True)
-    lse, log_prob, entropy, argmax, rank = (t.reshape(shape) for t in row[1:] if t is not None)
+    row = row_losses(Rows(x, y, None, spec), extras=True, shard=shard)
+    lse, log_prob, entropy, argmax, rank = (None if t is None else t.reshape(shape) for t in row[1:6])
+    assert lse is not None and log_prob is not None and entropy is not None and argmax is not None
     if target is None:
         return RowStats(lse, None, None, entropy, argmax, None)
     return RowStats(lse, log_prob + lse, log_prob, entropy, argmax, rank)
 
 
 def softmax_entropy(
-    input: Tensor, *, temperature: float = 1.0, softcap: float | None = None, logit_scale: float = 1.0
+    input: Tensor,
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    shard: VocabShard | None = None,
 ) -> Tensor:
     r"""``-(input.softmax(-1) * input.log_softmax(-1)).sum(-1)``
 
     Args:
         input: logits (..., V). A class whose logit is -inf does not exist: 0 log 0 is 0.
-        temperature, softcap, logit_scale: > 0, as in `row_stats`.
+        temperature, softcap, logit_scale, shard: as in `row_stats`.
 
     Returns:
         (...), float32 (float64 for float64 logits), in nats; differentiable.
 
     Memory: O(N + V); in the backward the gradient.
     """
-    return row_stats(input, temperature=temperature, softcap=softcap, logit_scale=logit_scale).entropy
+    return row_stats(input, temperature=temperature, softcap=softcap, logit_scale=logit_scale, shard=shard).entropy
 
 
 @overload
@@ -102,6 +112,7 @@ def selective_log_softmax(
     ignore_index: int = ...,
     softcap: float | None = ...,
     logit_scale: float = ...,
+    shard: VocabShard | None = ...,
 ) -> Tensor: ...
 
 
@@ -115,6 +126,7 @@ def selective_log_softmax(
     ignore_index: int = ...,
     softcap: float | None = ...,
     logit_scale: float = ...,
+    shard: VocabShard | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -127,6 +139,7 @@ def selective_log_softmax(
     ignore_index: int = -100,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    shard: VocabShard | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""``(input / temperature).log_softmax(-1).gather(-1, index)``
 
@@ -140,6 +153,7 @@ def selective_log_softmax(
         return_entropy: also the entropy of each row, (...); differentiable.
         ignore_index: where the index is this, the result is 0 and has no gradient.
         softcap, logit_scale: > 0, as in `cross_entropy`.
+        shard: a `VocabShard`, where each rank of a process group has some of the classes.
 
     Returns:
         log-probabilities, or (log-probabilities, entropy); float32 (float64 for float64 logits).
@@ -150,10 +164,12 @@ def selective_log_softmax(
     Memory: O(N K + V); in the backward the gradient.
     """
     chosen, expected = selective_rows(input, index, (ignore_index, temperature, softcap, logit_scale))
-    if chosen.probs is not None:
+    if chosen.probs is None:
+        log_prob, entropy = of_one_class(row_losses(chosen, extras=return_entropy, shard=shard))
+    elif shard is None:
         log_prob, entropy = rows.selected(*chosen[:2], chosen.spec, return_entropy, needs_reference(chosen))
     else:
-        log_prob, entropy = of_one_class(row_losses(chosen, extras=return_entropy))
+        log_prob, entropy = sharded.selected(chosen, shard, return_entropy)
     log_prob = log_prob.reshape(expected)
     return (log_prob, entropy.reshape(input.shape[:-1])) if return_entropy else log_prob
 

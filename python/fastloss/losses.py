@@ -11,6 +11,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import arguments
 from .evaluate import reduced_loss, row_losses
+from .parallel import VocabShard
 from .reduction import reduce_rows, valid_rows
 from .rows import RowLoss
 from .spec import REDUCTIONS, Objective, Reduction, Rows, make_spec
@@ -50,6 +51,7 @@ def cross_entropy(
     out_dtype: torch.dtype | None = ...,
     inplace: bool = ...,
     return_stats: Literal[False] = ...,
+    shard: VocabShard | None = ...,
 ) -> Tensor: ...
 
 
@@ -72,6 +74,7 @@ def cross_entropy(
     out_dtype: torch.dtype | None = ...,
     inplace: bool = ...,
     return_stats: Literal[True],
+    shard: VocabShard | None = ...,
 ) -> tuple[Tensor, CrossEntropyStats]: ...
 
 
@@ -93,6 +96,7 @@ def cross_entropy(
     out_dtype: torch.dtype | None = None,
     inplace: bool = False,
     return_stats: bool = False,
+    shard: VocabShard | None = None,
 ) -> Tensor | tuple[Tensor, CrossEntropyStats]:
     r"""``torch.nn.functional.cross_entropy(input, target, weight, ignore_index=..., reduction=..., ...)``
 
@@ -120,6 +124,7 @@ def cross_entropy(
         inplace: the gradient may overwrite the logits. Whatever else saved them for its backward raises; they must not
             be used afterwards.
         return_stats: also returns `CrossEntropyStats`, computed in the same pass.
+        shard: a `VocabShard`, where each rank of a process group has some of the classes.
 
     Returns:
         The loss: a scalar, or with reduction="none" the shape of the class indices. With return_stats, (loss, stats).
@@ -154,6 +159,7 @@ def cross_entropy(
             out_dtype=out_dtype,
             inplace=inplace,
             return_stats=return_stats,
+            shard=shard,
         )
     if size_average is not None or reduce is not None:
         reduction = _legacy.legacy_get_string(size_average, reduce)
@@ -178,10 +184,10 @@ def cross_entropy(
     rows = Rows(x, y, weight, spec)
     to = Reduction(reduction, token_weight, normalizer, arguments.loss_dtype(input, target, weight, out_dtype))
     if not return_stats:
-        loss = reduced_loss(rows, to, inplace)
+        loss = reduced_loss(rows, to, inplace, shard)
         return loss.reshape(_row_shape(input, target)) if reduction == "none" else loss
-    row = row_losses(rows, True, inplace)
-    loss, shape = reduce_rows(row.loss, rows, to).to(to.dtype), _row_shape(input, target)
+    row = row_losses(rows, True, inplace, shard)
+    loss, shape = reduce_rows(row.loss, rows, to, row.target_weight).to(to.dtype), _row_shape(input, target)
     return loss.reshape(shape) if reduction == "none" else loss, stats_of(row, rows, shape)
 
 

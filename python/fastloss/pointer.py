@@ -8,6 +8,7 @@ from torch import Tensor
 
 from . import arguments
 from .evaluate import row_losses
+from .parallel import VocabShard
 from .reduction import reduce_rows
 from .spec import Objective, Rows, make_spec
 
@@ -29,6 +30,7 @@ def pointer_generator_nll(
     reduction: str = "mean",
     normalizer: Tensor | float | None = None,
     out_dtype: torch.dtype | None = None,
+    shard: VocabShard | None = None,
 ) -> Tensor:
     r"""``-log(g * P_vocab(target) + (1 - g) * (attention * (source_ids == target)).sum(-1) + eps)``
 
@@ -46,7 +48,8 @@ def pointer_generator_nll(
         eps: added to the probability. A word that is neither in the vocabulary nor in the source has probability zero,
             and an infinite loss, unless it is ignored or eps > 0.
         softcap, logit_scale: of `input`, as in `cross_entropy`.
-        token_weight, mask: (B, T), as in `kl_div_with_logits`; reduction, normalizer, out_dtype likewise.
+        token_weight, mask: (B, T), as in `kl_div_with_logits`; reduction, normalizer, out_dtype, shard
+            likewise.
 
     Returns:
         A scalar, or with reduction="none" (B, T). Differentiable in input, gate_logit and attention.
@@ -60,6 +63,7 @@ def pointer_generator_nll(
     if input.dim() != 3:
         raise RuntimeError(f"input: expected logits of shape (B, T, V), got {tuple(input.shape)}")
     B, T, V = input.shape
+    V = V if shard is None else shard.vocab_size
     S = attention.shape[-1] if isinstance(attention, Tensor) and attention.dim() else 0
     gate = arguments.beside(gate_logit, "gate_logit", input, torch.Size((B, T)))
     weights = arguments.beside(attention, "attention", input, torch.Size((B, T, S)))
@@ -69,7 +73,7 @@ def pointer_generator_nll(
     spec = make_spec(ignore_index, 0.0, 0.0, softcap, logit_scale, Objective.INDEX)
 
     known = torch.where(y < V, y, spec.ignore_index).reshape(-1)
-    generated = -row_losses(Rows(x, known, None, spec)).loss.reshape(B, T)
+    generated = -row_losses(Rows(x, known, None, spec), shard=shard).loss.reshape(B, T)
     generated = torch.where(y < V, generated, -torch.inf)
     gate, weights = gate.to(generated.dtype), weights.to(generated.dtype)
     copied = (weights * (source[:, None, :] == y[..., None])).sum(-1)

@@ -16,9 +16,10 @@ def valid_rows(rows: Rows) -> Tensor | None:
     return valid if valid.dim() == 1 else valid.any(-1)
 
 
-def reduce_rows(loss: Tensor, rows: Rows, to: Reduction) -> Tensor:
-    """`loss` (N,) is zero where the target is ignored. A mean divides by the summed weights of the rows that count.
-    Zero times infinity is zero: neither an ignored row nor one without weight shows."""
+def reduce_rows(loss: Tensor, rows: Rows, to: Reduction, target_weight: Tensor | None = None) -> Tensor:
+    """`loss` (N,) is zero where the target is ignored. A mean divides by the summed weights of the rows that count;
+    `target_weight` (N,) are those of their classes, by default looked up in rows.weight. Zero times infinity is zero:
+    neither an ignored row nor one without weight shows."""
     if to.token_weight is not None:
         nothing = (loss == 0) | (to.token_weight == 0)
         loss = torch.where(nothing, 0, loss * to.token_weight)
@@ -27,15 +28,17 @@ def reduce_rows(loss: Tensor, rows: Rows, to: Reduction) -> Tensor:
     total = loss.sum()
     if to.normalizer is not None:
         return total / to.normalizer
-    return total if to.kind == "sum" else total / mean_denominator(loss, rows, to)
+    return total if to.kind == "sum" else total / mean_denominator(loss, rows, to, target_weight)
 
 
-def mean_denominator(loss: Tensor, rows: Rows, to: Reduction) -> Tensor:
+def mean_denominator(loss: Tensor, rows: Rows, to: Reduction, target_weight: Tensor | None = None) -> Tensor:
     """The summed weights of the rows that count, for a loss (N,) of any values."""
     counts = torch.ones_like(loss) if to.token_weight is None else to.token_weight
     valid = valid_rows(rows)
     if valid is None:
         return counts.sum()
-    if rows.weight is not None and rows.spec.objective == Objective.INDEX:
+    if target_weight is not None:
+        counts = counts * target_weight
+    elif rows.weight is not None and rows.spec.objective == Objective.INDEX:
         counts = counts * rows.weight.to(loss.dtype)[torch.where(valid, rows.target, 0)]
     return torch.where(valid, counts, 0).sum()

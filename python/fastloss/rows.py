@@ -30,7 +30,7 @@ SPEC_SCHEMA = (
 )
 _ROWS_SCHEMA = f"Tensor input, Tensor target, Tensor? weight, Tensor? probs, {SPEC_SCHEMA}"
 library = torch.library.Library("fastloss", "DEF")
-library.define(f"row_loss({_ROWS_SCHEMA}, bool extras) -> (Tensor, Tensor, Tensor, Tensor)")
+library.define(f"row_loss({_ROWS_SCHEMA}, bool extras, Tensor? whole=None) -> (Tensor, Tensor, Tensor, Tensor)")
 library.define(f"row_grad({_ROWS_SCHEMA}, Tensor stats, Tensor?[] upstream) -> Tensor")
 
 
@@ -60,8 +60,8 @@ def record_spec(numbers: Sequence[Any]) -> tuple[Spec, list[Any]]:
 
 @torch.library.impl(library, "row_loss", "CompositeExplicitAutograd")
 def _row_loss(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows, (extras,) = _record(*args)
-    return choose(rows).row_loss(rows, extras)
+    rows, (extras, *whole) = _record(*args)
+    return choose(rows).row_loss(rows, extras, *whole)
 
 
 @torch.library.impl(library, "row_grad", "CompositeExplicitAutograd")
@@ -72,7 +72,7 @@ def _row_grad(*args: Any) -> Tensor:
 
 @torch.library.register_fake("fastloss::row_loss", lib=library)
 def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows, (extras,) = _record(*args)
+    rows, (extras, *_) = _record(*args)
     N, new = rows.input.shape[0], rows.input.new_empty
     ranked = extras and rows.spec.objective == Objective.INDEX
     argmax, rank = new(N if extras else 0, dtype=torch.int64), new(N if ranked else 0, dtype=torch.int64)
@@ -100,6 +100,7 @@ class RowLoss(NamedTuple):
     entropy: Tensor | None = None
     argmax: Tensor | None = None
     rank: Tensor | None = None
+    target_weight: Tensor | None = None  # of rows whose classes other ranks have
 
 
 class PerRow(torch.autograd.Function):
@@ -142,11 +143,13 @@ class PerRow(torch.autograd.Function):
         return grad, *nothing
 
 
-def call_row_loss(rows: Rows, extras: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Losses, statistics, argmax and rank, through the dispatcher only where someone listens there."""
+def call_row_loss(rows: Rows, extras: bool, whole: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Losses, statistics, argmax and rank, through the dispatcher only where someone listens there. `whole`: see
+    native.row_loss."""
+    given = () if whole is None else (whole,)
     if _eager(rows.input):
-        return choose(rows).row_loss(rows, extras)
-    return torch.ops.fastloss.row_loss(*_flat(rows), extras)
+        return choose(rows).row_loss(rows, extras, *given)
+    return torch.ops.fastloss.row_loss(*_flat(rows), extras, *given)
 
 
 def call_row_grad(rows: Rows, stats: Tensor, upstream: list[Tensor | None], out: Tensor | None = None) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from . import arguments
 from .backends import reference
 from .evaluate import reduced_loss
+from .parallel import VocabShard
 from .reduction import reduce_rows
 from .spec import Objective, Reduction, Rows, make_spec
 
@@ -36,6 +37,7 @@ def topk_cross_entropy(
     normalizer: Tensor | float | None = None,
     out_dtype: torch.dtype | None = None,
     inplace: bool = False,
+    shard: VocabShard | None = None,
 ) -> Tensor:
     r"""``-(probs * input.log_softmax(-1).gather(-1, indices)).sum(-1)``
 
@@ -54,8 +56,8 @@ def topk_cross_entropy(
             `label_smoothing`.
         weight: (V), one weight per class. The mean does not divide by it, as with class probabilities.
         label_smoothing, z_loss, softcap, logit_scale: as in `cross_entropy`.
-        token_weight, mask, reduction, normalizer, out_dtype, inplace: as in `kl_div_with_logits`, reduction without
-            "batchmean".
+        token_weight, mask, reduction, normalizer, out_dtype, inplace, shard: as in `kl_div_with_logits`, reduction
+            without "batchmean".
 
     Returns:
         A scalar, or with reduction="none" a tensor of shape (...).
@@ -69,7 +71,7 @@ def topk_cross_entropy(
     to = arguments.as_reduction(input, reduction, token_weight, mask, normalizer, out_dtype)
     if inplace:
         arguments.check_inplace(input, rows.input)
-    loss = reduced_loss(rows, to, inplace)
+    loss = reduced_loss(rows, to, inplace, shard)
     return loss.reshape(input.shape[:-1]) if reduction == "none" else loss
 
 
@@ -89,6 +91,7 @@ def topk_kl_div(
     normalizer: Tensor | float | None = None,
     out_dtype: torch.dtype | None = None,
     inplace: bool = False,
+    shard: VocabShard | None = None,
 ) -> Tensor:
     r"""``(probs * (probs.log() - input.log_softmax(-1).gather(-1, indices))).sum(-1)``
 
@@ -102,7 +105,7 @@ def topk_kl_div(
     to = arguments.as_reduction(input, reduction, token_weight, mask, normalizer, out_dtype)
     if inplace:
         arguments.check_inplace(input, rows.input)
-    loss = less_entropy(partial(reduced_loss, inplace=inplace), rows, rows, to)
+    loss = less_entropy(partial(reduced_loss, inplace=inplace, shard=shard), rows, rows, to)
     return loss.reshape(input.shape[:-1]) if reduction == "none" else loss
 
 

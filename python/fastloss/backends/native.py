@@ -139,8 +139,9 @@ def row_loss(rows: Rows, extras: bool, whole: Tensor | None = None) -> tuple[Ten
     stats = torch.empty((5, N), dtype=rows.compute_dtype) if whole is None else whole.clone()
     ranked = extras and rows.spec.objective == Objective.INDEX
     argmax, rank = (torch.empty(N if wanted else 0, dtype=torch.int64) for wanted in (extras, ranked))
-    written = argmax.data_ptr() if extras else 0, rank.data_ptr() if ranked else 0
-    _native.row_loss(rows_fields(rows, _num_threads()), loss.data_ptr(), stats.data_ptr(), *written, extras, whole is not None)
+    found = argmax.data_ptr() if extras else 0, rank.data_ptr() if ranked else 0
+    fields, given = rows_fields(rows, _num_threads()), whole is not None
+    _native.row_loss(fields, loss.data_ptr(), stats.data_ptr(), *found, extras, given)
     return loss, stats, argmax, rank
 
 

@@ -1,0 +1,162 @@
+"""Which classes a rank holds, and what ranks tell each other."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..spec import Rows
+from .merge import Fields, Part
+
+
+@dataclass(frozen=True)
+class VocabShard:
+    """This rank's part of a vocabulary that is split over a process group: classes [start, stop) of vocab_size.
+
+    With it, whatever has a class dimension is this rank's part: logits, class weights, class probabilities, a teacher's
+    logits, head weights and biases. Class indices are those of the whole vocabulary. Rows, targets and options must be
+    the same on all ranks of the group, and so is the result, to the bit. What a last rank's tensors hold beyond `stop`
+    is padding: ignored, with a gradient of zero.
+
+    Args:
+        start, stop: 0 <= start <= stop <= vocab_size; the parts of all ranks cover the vocabulary, each class once. A
+            part may be empty.
+        vocab_size: V, without padding.
+        group: a ``torch.distributed`` process group, or None: all ranks. A group of one rank communicates nothing.
+    """
+
+    start: int
+    stop: int
+    vocab_size: int
+    group: dist.ProcessGroup | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start <= self.stop <= self.vocab_size:
+            raise ValueError(
+                f"VocabShard: expected 0 <= start <= stop <= vocab_size, got start={self.start}, stop={self.stop}, "
+                f"vocab_size={self.vocab_size}"
+            )
+
+    @staticmethod
+    def even(vocab_size: int, group: dist.ProcessGroup | None = None, *, padded_size: int | None = None) -> VocabShard:
+        """This rank's of equal parts, as DTensor and ``torch.chunk`` cut: ceil(V / ranks) classes each, the last ranks'
+        fewer. `padded_size`: of tensors padded to a multiple of the ranks (Megatron), parts of padded_size / ranks."""
+        rank, size = dist.get_rank(group), dist.get_world_size(group)
+        each = -(-(vocab_size if padded_size is None else padded_size) // size)
+        return VocabShard(min(rank * each, vocab_size), min((rank + 1) * each, vocab_size), vocab_size, group)
+
+    @property
+    def part(self) -> Part:
+        """The classes alone."""
+        return Part(self.start, self.stop, self.vocab_size)
+
+    @property
+    def ranks(self) -> int:
+        """How many hold the vocabulary."""
+        return dist.get_world_size(self.group) if dist.is_initialized() else 1
+
+
+def group_of(shard: VocabShard) -> Any:
+    """Its process group."""
+    return dist.group.WORLD if shard.group is None else shard.group
+
+
+def gather(fields: Fields, shard: VocabShard) -> Fields:
+    """(N,) each to (R, N), in the order of ranks: one collective, of all fields packed. Merged alike, all ranks get
+    the same bits."""
+    if shard.ranks == 1:
+        return {name: field[None] for name, field in fields.items()}
+    packed = torch.stack(list(fields.values()))
+    if torch.compiler.is_compiling():
+        from torch.distributed import _functional_collectives as functional
+
+        everyone = functional.all_gather_tensor(packed, 0, group_of(shard))
+        everyone = functional.wait_tensor(everyone)
+    else:
+        everyone = packed.new_empty((shard.ranks * len(packed), *packed.shape[1:]))
+        dist.all_gather_into_tensor(everyone, packed, group=shard.group)
+    everyone = everyone.view(shard.ranks, len(packed), *packed.shape[1:])
+    return dict(zip(fields, everyone.unbind(1), strict=True))
+
+
+# ---- agreement ------------------------------------------------------------------------------------------------------
+
+_agreed: set[tuple[Any, ...]] = set()
+_ALIKE = ("vocab_size", "rows", "dtype", "loss", "options", "class weights")
+
+
+def check_agreement(rows: Rows, shard: VocabShard, asked: tuple[bool, ...]) -> None:
+    """Raises the same error on every rank where they differ in what must be alike, or their parts do not cover the
+    vocabulary once. One collective of a few numbers, for a call unlike all before it; none for any other."""
+    if torch.compiler.is_compiling() or shard.ranks == 1:
+        return
+    alike = (
+        shard.vocab_size,
+        len(rows.input),
+        str(rows.compute_dtype),
+        rows.spec.objective.name,
+        str((*rows.spec[:5], *rows.spec[6:], *asked, 0 if rows.probs is None else rows.probs.shape[1])),
+        "given" if rows.weight is not None else "none",
+    )
+    call = (id(shard.group), shard.start, shard.stop, *alike)
+    if call in _agreed:
+        return
+    numbers = [value if isinstance(value, int) else zlib.crc32(value.encode()) for value in alike]
+    mine = torch.tensor([shard.start, shard.stop, *numbers], dtype=torch.int64, device=rows.input.device)
+    everyone = mine.new_empty((shard.ranks * len(mine),))
+    dist.all_gather_into_tensor(everyone, mine, group=shard.group)
+    table = everyone.view(shard.ranks, -1).tolist()
+    for k, name in enumerate(_ALIKE, 2):
+        values = [row[k] for row in table]
+        if len(set(values)) > 1:
+            shown = values if isinstance(alike[k - 2], int) else _named(values)
+            raise RuntimeError(f"{name}: expected the same on all ranks of the vocabulary's group, got {shown}")
+    _check_cover([(row[0], row[1]) for row in table], shard.vocab_size)
+    _agreed.add(call)
+
+
+def _named(values: list[int]) -> str:
+    """Which ranks are alike, of what a number cannot show."""
+    groups: dict[int, list[int]] = {}
+    for rank, value in enumerate(values):
+        groups.setdefault(value, []).append(rank)
+    return " unlike ".join(f"those of ranks {ranks}" for ranks in groups.values())
+
+
+def _check_cover(parts: list[tuple[int, int]], vocab_size: int) -> None:
+    at = 0
+    for start, stop in sorted(part for part in parts if part[0] < part[1]):
+        if start != at:
+            break
+        at = stop
+    else:
+        if at == vocab_size:
+            return
+    raise RuntimeError(f"shard: expected parts that cover [0, {vocab_size}) once, got [start, stop) of {parts} by rank")
+
+
+def check_padding(columns: int, shard: VocabShard, name: str = "input") -> None:
+    """Tensors have at least the shard's classes; more only after the vocabulary's last."""
+    size = shard.stop - shard.start
+    if columns < size or (columns > size and shard.stop != shard.vocab_size):
+        raise ValueError(
+            f"{name}: expected this rank's {size} classes, [{shard.start}, {shard.stop}) of {shard.vocab_size}, in the "
+            f"class dimension{' or more, the rest padding' if shard.stop == shard.vocab_size else ''}, got {columns}"
+        )
+
+
+def check_targets(y: Tensor, ignore_index: int, vocab_size: int) -> None:
+    """Class indices of the whole vocabulary. On devices nothing is waited for."""
+    if y.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    bad = (y != ignore_index) & ((y < 0) | (y >= vocab_size))
+    if bool(bad.any()):
+        raise IndexError(
+            f"target: expected class indices in [0, {vocab_size}) or ignore_index ({ignore_index}), but Target "
+            f"{y[bad][0].item()} is out of bounds."
+        )

@@ -1,0 +1,101 @@
+"""A vocabulary over several ranks: every loss, at any cuts, is what one rank computes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cases import CASES, LOSS_CASES, Case
+from check import assert_as_good_as_torch
+from ranks import Ranks, ranks
+from torch import Tensor
+
+from fastloss import VocabShard
+
+ALL = {case.name: case for case in CASES + LOSS_CASES}
+CLASSES = ("weight", "target")  # what has a class dimension beside the logits; the target where it has
+
+
+@pytest.fixture(scope="module", params=[1, 2, 3, 4])
+def world(request: pytest.FixtureRequest):
+    with ranks(request.param) as started:
+        yield started
+
+
+def own(
+    case: Case, x: Tensor, y: Tensor, options: dict[str, Any], part: slice
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """A rank's part of a case."""
+    options = dict(options)
+    if options.get("weight") is not None:
+        options["weight"] = options["weight"][part]
+    return x[:, part], y if case.objective.indexed else y[:, part], options
+
+
+def on_rank(name: str, x: Tensor, y: Tensor, options: dict[str, Any], upstream: Tensor | None, cuts: list[int]):
+    """Loss and gradient of this rank's logits."""
+    case, rank = ALL[name], torch.distributed.get_rank()
+    shard = VocabShard(cuts[rank], cuts[rank + 1], cuts[-1])
+    x, y, options = own(case, x, y, options, slice(*cuts[rank : rank + 2]))
+    x = x.clone().requires_grad_()
+    loss = case.loss()(x, y, shard=shard, **options)
+    loss.backward(torch.ones_like(loss) if upstream is None else upstream)
+    return loss.detach(), x.grad
+
+
+class Sharded(torch.autograd.Function):
+    """The ranks' loss as a function of all logits."""
+
+    @staticmethod
+    def forward(ctx, x, ask):
+        ctx.ask, ctx.x = ask, x.detach()
+        return ask(x.detach(), None)[0]
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return ctx.ask(ctx.x, upstream)[1], None
+
+
+def sharded(world: Ranks, case: Case, cuts: list[int]):
+    """What a user would call, over ranks."""
+
+    def loss(x: Tensor, y: Tensor, **options: Any) -> Tensor:
+        def ask(x: Tensor, upstream: Tensor | None) -> tuple[Tensor, Tensor]:
+            found = world.run(on_rank, case.name, x, y, options, upstream, cuts)
+            for other, _ in found[1:]:
+                assert torch.equal(other, found[0][0]), "ranks differ"
+            return found[0][0], torch.cat([grad for _, grad in found], 1)
+
+        return Sharded.apply(x, ask)
+
+    return loss
+
+
+def cut(V: int, ranks: int, g: torch.Generator) -> list[int]:
+    """Anywhere, also to parts without classes."""
+    return [0, *torch.randint(V + 1, (ranks - 1,), generator=g).sort().values.tolist(), V]
+
+
+def check(world: Ranks, case: Case, N: int, V: int, dtype: torch.dtype, reduction: str, g: torch.Generator) -> None:
+    x, y, options = case.inputs(N, V, dtype, g)
+    per_row = case.function == "selective_log_softmax"
+    upstream = case.upstream(N, g) if per_row or reduction == "none" else None
+    reduction = "sum" if reduction == "none" and "normalizer" in options else reduction
+    upstream = None if reduction == "sum" else upstream
+    options |= {} if per_row else {"reduction": reduction}
+    loss = sharded(world, case, cut(V, len(world.pipes), g))
+    assert_as_good_as_torch(loss, case.oracle, x, y, options, upstream)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_case(world, name, generator):
+    case = ALL[name]
+    check(world, case, 6, 131, torch.float32, "mean", generator)
+    check(world, case, 5, 40, torch.float64, "none", generator)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_low_precision(world, dtype, generator):
+    for name in ("index", "smoothing_weight", "probabilities", "reverse_kl", "js", "topk_tail", "log_probs"):
+        check(world, ALL[name], 6, 131, dtype, "none", generator)
