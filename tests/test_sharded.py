@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 from cases import CASES, LOSS_CASES, Case
-from check import assert_as_good_as_torch
+from check import assert_as_good_as_torch as assert_logits_as_good
+from linear_calls import Call, assert_as_good_as_torch, results
 from ranks import Ranks, ranks
 from torch import Tensor
 
@@ -85,7 +86,7 @@ def check(world: Ranks, case: Case, N: int, V: int, dtype: torch.dtype, reductio
     upstream = None if reduction == "sum" else upstream
     options |= {} if per_row else {"reduction": reduction}
     loss = sharded(world, case, cut(V, len(world.pipes), g))
-    assert_as_good_as_torch(loss, case.oracle, x, y, options, upstream)
+    assert_logits_as_good(loss, case.oracle, x, y, options, upstream)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -93,6 +94,40 @@ def test_case(world, name, generator):
     case = ALL[name]
     check(world, case, 6, 131, torch.float32, "mean", generator)
     check(world, case, 5, 40, torch.float64, "none", generator)
+
+
+def linear_on_rank(
+    name: str, sizes: tuple[int, int, torch.dtype], seed: int, upstream: Any, more: Any, cuts: list[int]
+):
+    """Loss and gradients of the hidden states and of this rank's part of the head."""
+    rank, call = torch.distributed.get_rank(), Call(ALL[name], *sizes, torch.Generator().manual_seed(seed))
+    part = slice(*cuts[rank : rank + 2])
+    if call.options.get("weight") is not None:
+        call.options["weight"] = call.options["weight"][part]
+    if call.case.objective.paired:
+        call.target = [call.target[0], call.target[1][part], call.target[2][part]]
+    elif not call.case.objective.indexed:
+        call.target = call.target[:, part]
+    head = [call.head[0], call.head[1][part], call.head[2][part]]
+    return results(call.ours, head, upstream, shard=VocabShard(part.start, part.stop, cuts[-1]), **more)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_linear_case(world, name, generator):
+    case = ALL[name]
+    for seed, (N, V, dtype, reduction) in enumerate(((9, 131, torch.float32, "mean"), (5, 40, torch.bfloat16, "none"))):
+        call = Call(case, N, V, dtype, torch.Generator().manual_seed(seed))
+        per_row = case.function == "selective_log_softmax"
+        if reduction == "none" and "normalizer" in call.options:
+            reduction = "sum"
+        upstream = case.upstream(N, generator) if per_row or reduction == "none" else None
+        more = {} if per_row else {"reduction": reduction}
+        cuts = cut(V, len(world.pipes), generator)
+        found = world.run(linear_on_rank, name, (N, V, dtype), seed, upstream, more, cuts)
+        for other in found[1:]:
+            assert torch.equal(other[0], found[0][0]) and torch.equal(other[1], found[0][1]), "ranks differ"
+        got = [*found[0][:2], *(torch.cat([grads[k] for grads in found]) for k in (2, 3))]
+        assert_as_good_as_torch(call, upstream, got, **more)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -169,7 +169,8 @@ def selective_log_softmax(
     elif shard is None:
         log_prob, entropy = rows.selected(*chosen[:2], chosen.spec, return_entropy, needs_reference(chosen))
     else:
-        log_prob, entropy = sharded.selected(chosen, shard, return_entropy)
+        found = sharded.apply(chosen, shard, sharded.Asked(return_entropy, True))
+        log_prob, entropy = sharded.selected(found, chosen)
     log_prob = log_prob.reshape(expected)
     return (log_prob, entropy.reshape(input.shape[:-1])) if return_entropy else log_prob
 

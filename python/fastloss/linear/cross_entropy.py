@@ -11,12 +11,13 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .. import arguments
 from ..losses import CrossEntropyStats, stats_of
+from ..parallel import VocabShard
 from ..reduction import reduce_rows
 from ..rows import RowLoss
 from ..spec import REDUCTIONS, Objective, Reduction, Rows, make_spec
 from . import heads
+from .evaluate import per_row, reduced_loss
 from .heads import MAX_CHUNK_BYTES, Head, LinearRows
-from .rows import per_row, reduced_loss
 
 
 @overload
@@ -39,6 +40,7 @@ def linear_cross_entropy(
     out_dtype: torch.dtype | None = ...,
     return_stats: Literal[True],
     max_chunk_bytes: int = ...,
+    shard: VocabShard | None = ...,
 ) -> tuple[Tensor, CrossEntropyStats]: ...
 
 
@@ -62,6 +64,7 @@ def linear_cross_entropy(
     out_dtype: torch.dtype | None = ...,
     return_stats: Literal[False] = ...,
     max_chunk_bytes: int = ...,
+    shard: VocabShard | None = ...,
 ) -> Tensor: ...
 
 
@@ -84,6 +87,7 @@ def linear_cross_entropy(
     out_dtype: torch.dtype | None = None,
     return_stats: bool = False,
     max_chunk_bytes: int = MAX_CHUNK_BYTES,
+    shard: VocabShard | None = None,
 ) -> Tensor | tuple[Tensor, CrossEntropyStats]:
     r"""``F.cross_entropy(F.linear(input, linear_weight, linear_bias), target, weight, ...)``
 
@@ -106,6 +110,8 @@ def linear_cross_entropy(
         z_loss, softcap, logit_scale, token_weight, normalizer, out_dtype, return_stats: as in `cross_entropy`.
         max_chunk_bytes: logits that may exist at once; one row's always may. Packed operands of the products take a few
             MiB more.
+        shard: a `VocabShard`, where each rank of a process group has some rows of the last layer. Hidden states are the
+            same on all ranks, and so is their gradient, which is summed over them.
 
     Returns:
         The loss: a scalar, or with reduction="none" of the class indices' shape. With return_stats, (loss, stats).
@@ -143,6 +149,7 @@ def linear_cross_entropy(
             out_dtype=out_dtype,
             return_stats=return_stats,
             max_chunk_bytes=max_chunk_bytes,
+            shard=shard,
         )
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: {reduction!r} is not a valid value for reduction ('none', 'mean' or 'sum')")
@@ -169,11 +176,11 @@ def linear_cross_entropy(
     rows = Rows(x, y, weight, spec)
     parts = [LinearRows(some, part, None, limit) for some, part in _parts(rows, head)]
     if not return_stats and len(parts) == 1:
-        loss = reduced_loss(parts[0], to)
+        loss = reduced_loss(parts[0], to, shard)
         return loss.reshape(losses) if reduction == "none" else loss
-    each = [per_row(part, return_stats) for part in parts]
+    each = [per_row(part, return_stats, shard) for part in parts]
     row = each[0] if len(each) == 1 else _interleaved(each)
-    loss = reduce_rows(row.loss, rows, to).to(to.dtype)
+    loss = reduce_rows(row.loss, rows, to, row.target_weight).to(to.dtype)
     loss = loss.reshape(losses) if reduction == "none" else loss
     return (loss, stats_of(row, rows, losses)) if return_stats else loss
 

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from .. import arguments
 from ..divergences import KL_REDUCTIONS, objective_of, objective_of_beta
+from ..parallel import VocabShard
 from ..spec import Objective, Rows, make_spec
+from .evaluate import reduced_loss
 from .heads import MAX_CHUNK_BYTES, Head, LinearRows, flattened, rows_at_once, stand_in
-from .rows import reduced_loss
 
 
 def linear_kl_div(
@@ -37,7 +38,7 @@ def linear_kl_div(
             require gradients gets them by way of torch's own operations, with all logits.
         direction: "forward", KL(teacher || student), or "reverse".
         options: of `kl_div_with_logits`, without inplace: temperature, softcap, logit_scale, z_loss, token_weight,
-            mask, reduction, normalizer, out_dtype; and max_chunk_bytes, of both logits.
+            mask, reduction, normalizer, out_dtype, shard; and max_chunk_bytes, of both logits.
 
     Returns:
         A scalar, or with reduction="none" a tensor of shape (...).
@@ -83,6 +84,7 @@ def _divergence(
     normalizer: Tensor | float | None = None,
     out_dtype: torch.dtype | None = None,
     max_chunk_bytes: int = MAX_CHUNK_BYTES,
+    shard: VocabShard | None = None,
 ) -> Tensor:
     arguments.check_linear(*student)
     arguments.check_linear(*teacher, prefix="target_")
@@ -93,5 +95,5 @@ def _divergence(
     spec = make_spec(-100, 0.0, z_loss, softcap, logit_scale, objective, temperature, beta)
     x = logits.reshape(-1, logits.shape[-1])
     limit = rows_at_once(x, max_chunk_bytes, True)
-    loss = reduced_loss(LinearRows(Rows(x, x, None, spec), flattened(student), flattened(teacher), limit), to)
+    loss = reduced_loss(LinearRows(Rows(x, x, None, spec), flattened(student), flattened(teacher), limit), to, shard)
     return loss.reshape(shape) if to.kind == "none" else loss

@@ -87,23 +87,32 @@ def rows_at_once(logits: Tensor, max_chunk_bytes: int, teacher: bool, rows: int 
 
 class HeadGrads:
     """The gradients of hidden states (N, H), weight (V, H) and bias (V,), summed over chunks in the compute dtype; each
-    only where it is needed, else empty."""
+    only where it is needed, else empty. `on_hidden` is called when the first is complete."""
 
-    def __init__(self, head: Head, needs: list[bool], matmul: Callable[..., None]) -> None:
-        self.head, self.matmul, self.started = head, matmul, False
+    def __init__(
+        self,
+        head: Head,
+        needs: list[bool],
+        matmul: Callable[..., None],
+        on_hidden: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.head, self.matmul, self.on_hidden, self.started = head, matmul, on_hidden, False
         dtype = COMPUTE_DTYPE[head.dtype]
         self.hidden, self.weight, self.bias = (
             _empty(shape, dtype, head.hidden.device) for shape in head.grad_shapes(needs)
         )
         self.needs = needs
 
-    def add(self, where: slice | Tensor, hidden: Tensor, dlogits: Tensor) -> None:
-        """What one chunk's rows contribute, from the gradient of their logits."""
+    def add(self, chunk: Chunk) -> None:
+        """What a chunk's rows contribute, whose logits have become their gradient."""
+        where, hidden, dlogits = chunk.where, chunk.hidden, chunk.rows.input
         if self.needs[0]:
             part = self.hidden[where] if isinstance(where, slice) else self.hidden.new_empty(hidden.shape)
             self.matmul(dlogits, self.head.weight, part)
             if isinstance(where, Tensor):
                 self.hidden[where] = part
+            if chunk.last:
+                self.on_hidden()
         if self.needs[1]:
             self.matmul(dlogits.t(), hidden, self.weight, self.started)
         if self.needs[2]:
@@ -131,6 +140,7 @@ class Chunk(NamedTuple):
     where: slice | Tensor
     hidden: Tensor
     rows: Rows
+    last: bool
 
     def of(self, vector: Tensor | None) -> Tensor | None:
         """A vector's (N, ...) part of these rows."""
@@ -158,7 +168,7 @@ def chunks(given: LinearRows, backend: Backend, skipped: Tensor | None = None) -
         else:
             target = _fill(target_buffer, teacher.hidden[where], teacher, backend)
         probs = None if rows.probs is None else rows.probs[where]
-        yield Chunk(where, hidden, rows._replace(input=logits, target=target, probs=probs))
+        yield Chunk(where, hidden, rows._replace(input=logits, target=target, probs=probs), begin + size >= N)
 
 
 def _check_indices(rows: Rows) -> None:
@@ -223,7 +233,7 @@ def loss_and_grads(given: LinearRows, to: Reduction, needs: list[bool]) -> tuple
         total += _chunk_loss(backend, chunk.rows, part, wanted)
         divided = normalizer is not None
         if wanted:
-            grads.add(chunk.where, chunk.hidden, chunk.rows.input)
+            grads.add(chunk)
     if to.normalizer is not None and not divided:
         total = total / to.normalizer  # NaN where it is the mean of nothing
     return total, grads.result(skipped, divisor)
@@ -248,24 +258,26 @@ def _on_chip(given: LinearRows, backend: Backend) -> bool:
     return given.teacher is None and backend.takes_head is not None and backend.takes_head(given.rows, hidden, weight)
 
 
-def row_loss(given: LinearRows, extras: bool) -> list[Tensor]:
-    """Losses (N,), statistics (5, N) and argmax as reference.row_loss has them; and of targets that list classes the
-    logits of those, (N, K)."""
+def row_loss(given: LinearRows, extras: bool, whole: Tensor | None = None) -> list[Tensor]:
+    """Losses (N,), statistics (5, N) and argmax as native.row_loss has them; of targets that list classes the logits of
+    those, (N, K); and with extras the argmax's, (N,)."""
     backend, rows = given.backend(), given.rows
-    if _on_chip(given, backend):
+    if whole is None and _on_chip(given, backend):
         assert backend.head_loss is not None
         none = given.head.hidden.new_empty((rows.input.shape[0], 0), dtype=rows.compute_dtype)
-        return [*backend.head_loss(rows, *given.head, extras), none]
+        return [*backend.head_loss(rows, *given.head, extras), none, none]
     skipped = None if extras else without_effect(rows)
     N, K = rows.input.shape[0], rows.target.shape[1] if rows.probs is not None else 0
     new, F = given.head.hidden.new_zeros, rows.compute_dtype
     out = [new(N, dtype=F), new((5, N), dtype=F), new(N if extras else 0, dtype=torch.int64)]
-    out.append(new((N, K), dtype=F))
+    out += [new((N, K), dtype=F), new(N if extras else 0, dtype=F)]
     for chunk in chunks(given, backend, skipped):
-        loss, stats, argmax, _ = backend.row_loss(chunk.rows, extras)
+        within = () if whole is None else (whole[:, chunk.where].contiguous(),)
+        loss, stats, argmax, _ = backend.row_loss(chunk.rows, extras, *within)
         out[0][chunk.where], out[1][:, chunk.where] = loss, stats
         if extras:
             out[2][chunk.where] = argmax
+            out[4][chunk.where] = chunk.rows.input.gather(1, argmax[:, None])[:, 0].to(F)
         if K:
             listed = torch.where(chunk.rows.target == rows.spec.ignore_index, 0, chunk.rows.target)
             out[3][chunk.where] = chunk.rows.input.gather(1, listed).to(F)
@@ -274,13 +286,25 @@ def row_loss(given: LinearRows, extras: bool) -> list[Tensor]:
 
 def row_grads(given: LinearRows, stats: Tensor, upstream: list[Tensor | None], needs: list[bool]) -> list[Tensor]:
     """What losses and statistics give to the head, for their upstream gradients (N,)."""
-    backend, rows = given.backend(), given.rows
+    backend = given.backend()
     others = any(g is not None for g in upstream[1:])
-    skipped = None if others else without_effect(rows, upstream[0])
+    skipped = None if others else without_effect(given.rows, upstream[0])
     grads = HeadGrads(given.head, needs, backend.matmul)
-    for chunk in chunks(given, backend, skipped):
-        backend.row_grad(
-            chunk.rows, stats[:, chunk.where].contiguous(), [chunk.of(g) for g in upstream], chunk.rows.input
-        )
-        grads.add(chunk.where, chunk.hidden, chunk.rows.input)
+
+    def write(chunk: Chunk) -> None:
+        part = stats[:, chunk.where].contiguous()
+        backend.row_grad(chunk.rows, part, [chunk.of(g) for g in upstream], chunk.rows.input)
+
+    return sum_up(given, grads, write, skipped)
+
+
+def sum_up(
+    given: LinearRows, grads: HeadGrads, write: Callable[[Chunk], None], skipped: Tensor | None = None
+) -> list[Tensor]:
+    """The gradients of a head; `write` puts that of a chunk's logits in their place."""
+    if skipped is not None and grads.needs[0]:
+        grads.hidden[skipped] = 0
+    for chunk in chunks(given, given.backend(), skipped):
+        write(chunk)
+        grads.add(chunk)
     return grads.result(skipped)

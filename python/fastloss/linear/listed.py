@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,9 +10,10 @@ from torch import Tensor
 
 from .. import arguments
 from ..logprobs import of_one_class, selective_rows
+from ..parallel import VocabShard
 from ..topk import less_entropy, topk_rows
+from .evaluate import per_row, reduced_loss, selected
 from .heads import MAX_CHUNK_BYTES, Head, LinearRows, flattened, rows_at_once, stand_in
-from .rows import per_row, reduced_loss, selected
 
 
 def linear_topk_cross_entropy(
@@ -75,6 +77,7 @@ def _topk(
     normalizer: Tensor | float | None = None,
     out_dtype: torch.dtype | None = None,
     max_chunk_bytes: int = MAX_CHUNK_BYTES,
+    shard: VocabShard | None = None,
 ) -> Tensor:
     arguments.check_linear(*head)
     logits = stand_in(head)
@@ -82,7 +85,8 @@ def _topk(
     rows = topk_rows(logits, indices, probs, tail, weight, ignore_index, numbers)
     to = arguments.as_reduction(logits, reduction, token_weight, mask, normalizer, out_dtype)
     given = LinearRows(rows, flattened(head), None, rows_at_once(rows.input, max_chunk_bytes, False))
-    loss = less_entropy(reduced_loss, given, rows, to) if divergence else reduced_loss(given, to)
+    reduced = partial(reduced_loss, shard=shard)
+    loss = less_entropy(reduced, given, rows, to) if divergence else reduced(given, to)
     return loss.reshape(logits.shape[:-1]) if reduction == "none" else loss
 
 
@@ -98,6 +102,7 @@ def linear_selective_log_softmax(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     max_chunk_bytes: int = MAX_CHUNK_BYTES,
+    shard: VocabShard | None = None,
 ) -> Any:
     r"""``fastloss.selective_log_softmax(F.linear(input, linear_weight, linear_bias), index, temperature=...)``
 
@@ -107,7 +112,7 @@ def linear_selective_log_softmax(
         input: hidden states (..., H); linear_weight: (V, H); linear_bias: (V).
         index: (...) or (..., K), int64, int32 or uint8.
         temperature, return_entropy, ignore_index, softcap, logit_scale: as in `selective_log_softmax`.
-        max_chunk_bytes: as in `linear_cross_entropy`.
+        max_chunk_bytes, shard: as in `linear_cross_entropy`.
 
     Returns:
         log-probabilities of index's shape, or (log-probabilities, entropy (...)); float32 (float64 for float64).
@@ -120,8 +125,8 @@ def linear_selective_log_softmax(
     rows, expected = selective_rows(logits, index, (ignore_index, temperature, softcap, logit_scale))
     given = LinearRows(rows, flattened(head), None, rows_at_once(rows.input, max_chunk_bytes, False))
     if rows.probs is not None:
-        log_prob, entropy = selected(given, return_entropy)
+        log_prob, entropy = selected(given, return_entropy, shard)
     else:
-        log_prob, entropy = of_one_class(per_row(given, return_entropy))
+        log_prob, entropy = of_one_class(per_row(given, return_entropy, shard))
     log_prob = log_prob.reshape(expected)
     return (log_prob, entropy.reshape(logits.shape[:-1])) if return_entropy else log_prob

@@ -12,17 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import evaluate
 from ..backends import reference
-from ..reduction import mean_denominator, reduce_rows
+from ..reduction import reduce_rows
 from ..rows import (
     SPEC_SCHEMA,
-    RowLoss,
     flat_spec,
     library,
     needs_formula,
     record_spec,
-    saved_hooks_active,
     selected_log_probs,
     selected_upstream,
 )
@@ -43,7 +40,7 @@ library.define(
 )
 
 
-def _flat(given: LinearRows) -> tuple[Any, ...]:
+def flat(given: LinearRows) -> tuple[Any, ...]:
     """The arguments of _SCHEMA."""
     rows = given.rows
     target = rows.target if given.teacher is None else None
@@ -51,7 +48,7 @@ def _flat(given: LinearRows) -> tuple[Any, ...]:
     return *tensors, *flat_spec(rows.spec), given.limit
 
 
-def _record(*args: Any) -> tuple[LinearRows, list[Any]]:
+def record(*args: Any) -> tuple[LinearRows, list[Any]]:
     """LinearRows from the arguments of _SCHEMA, and what follows them."""
     hidden, head_weight, head_bias, target, u, teacher_weight, teacher_bias, weight, probs, *numbers = args
     head = Head(hidden, head_weight, head_bias)
@@ -64,7 +61,7 @@ def _record(*args: Any) -> tuple[LinearRows, list[Any]]:
 
 @torch.library.impl(library, "linear_loss", "CompositeExplicitAutograd")
 def _linear_loss(*args: Any) -> tuple[Tensor, ...]:
-    given, (token_weight, normalizer, needs) = _record(*args)
+    given, (token_weight, normalizer, needs) = record(*args)
     to = Reduction("sum", token_weight, normalizer, given.rows.compute_dtype)
     loss, grads = heads.loss_and_grads(given, to, needs)
     return loss, *grads
@@ -72,13 +69,13 @@ def _linear_loss(*args: Any) -> tuple[Tensor, ...]:
 
 @torch.library.impl(library, "linear_row_loss", "CompositeExplicitAutograd")
 def _linear_row_loss(*args: Any) -> tuple[Tensor, ...]:
-    given, (extras,) = _record(*args)
-    return tuple(heads.row_loss(given, extras))
+    given, (extras,) = record(*args)
+    return tuple(heads.row_loss(given, extras)[:4])
 
 
 @torch.library.impl(library, "linear_row_grad", "CompositeExplicitAutograd")
 def _linear_row_grad(*args: Any) -> tuple[Tensor, ...]:
-    given, (stats, upstream, needs) = _record(*args)
+    given, (stats, upstream, needs) = record(*args)
     return tuple(heads.row_grads(given, stats, upstream, needs))
 
 
@@ -89,13 +86,13 @@ def _fake_grads(given: LinearRows, needs: list[bool]) -> list[Tensor]:
 
 @torch.library.register_fake("fastloss::linear_loss", lib=library)
 def _(*args: Any) -> tuple[Tensor, ...]:
-    given, (_, _, needs) = _record(*args)
+    given, (_, _, needs) = record(*args)
     return given.head.hidden.new_empty((), dtype=given.rows.compute_dtype), *_fake_grads(given, needs)
 
 
 @torch.library.register_fake("fastloss::linear_row_loss", lib=library)
 def _(*args: Any) -> tuple[Tensor, ...]:
-    given, (extras,) = _record(*args)
+    given, (extras,) = record(*args)
     rows, new, F = given.rows, given.head.hidden.new_empty, given.rows.compute_dtype
     N, K = rows.input.shape[0], rows.target.shape[1] if rows.probs is not None else 0
     return new(N, dtype=F), new((5, N), dtype=F), new(N if extras else 0, dtype=torch.int64), new((N, K), dtype=F)
@@ -103,16 +100,16 @@ def _(*args: Any) -> tuple[Tensor, ...]:
 
 @torch.library.register_fake("fastloss::linear_row_grad", lib=library)
 def _(*args: Any) -> tuple[Tensor, ...]:
-    given, (_, _, needs) = _record(*args)
+    given, (_, _, needs) = record(*args)
     return tuple(_fake_grads(given, needs))
 
 
-def _needs(head: Head) -> list[bool]:
+def needs_of(head: Head) -> list[bool]:
     """Which of hidden states, weight and bias want a gradient: products for the others are not made."""
     return [torch.is_grad_enabled() and t is not None and t.requires_grad for t in head]
 
 
-def _as_inputs(grads: Any, given: LinearRows, factor: Tensor | None = None) -> list[Tensor | None]:
+def as_inputs(grads: Any, given: LinearRows, factor: Tensor | None = None) -> list[Tensor | None]:
     """Sums in the compute dtype as gradients of what is differentiated, times a factor."""
     grads = grads if factor is None else [g * factor for g in grads]
     return [None if t is None else g.to(t.dtype) for g, t in zip(grads, given.head, strict=True)]
@@ -133,14 +130,14 @@ def _formula_grads(outputs: Callable[[Rows], Any], given: LinearRows, needs: lis
     return [next(grads) if needed else None for needed in needs]
 
 
-def _save(ctx: Any, args: Any, *more: Tensor) -> None:
+def save(ctx: Any, args: Any, *more: Tensor) -> None:
     """The arguments, of which the tensors must go through autograd's hands."""
     ctx.others = [None if isinstance(a, Tensor) else a for a in args]
     ctx.tensors = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
     ctx.save_for_backward(*(args[i] for i in ctx.tensors), *more)
 
 
-def _saved(ctx: Any) -> tuple[list[Any], tuple[Tensor, ...]]:
+def saved(ctx: Any) -> tuple[list[Any], tuple[Tensor, ...]]:
     args, saved = list(ctx.others), ctx.saved_tensors
     for i, tensor in zip(ctx.tensors, saved, strict=False):
         args[i] = tensor
@@ -155,20 +152,20 @@ class Reduced(torch.autograd.Function):
         loss, *grads = torch.ops.fastloss.linear_loss(*args)
         # Eager: not saved but held, to be given away. A compiled graph is run anew for every backward.
         ctx.grads, traced = (None, grads) if torch.compiler.is_compiling() else (grads, [])
-        _save(ctx, args, *traced)
+        save(ctx, args, *traced)
         return loss
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:
-        args, traced = _saved(ctx)
+        args, traced = saved(ctx)
         nothing = [None] * (len(args) - 3)
-        given, (token_weight, normalizer, needs) = _record(*args)
+        given, (token_weight, normalizer, needs) = record(*args)
         if not torch.compiler.is_compiling() and needs_formula(upstream):
             to = Reduction("sum", token_weight, normalizer, given.rows.compute_dtype)
             outputs = lambda rows: [reduce_rows(reference.row_result(rows).loss, rows, to)]  # noqa: E731
             return *_formula_grads(outputs, given, needs, [upstream]), *nothing
         if torch.compiler.is_compiling():
-            return *_as_inputs(traced, given, upstream), *nothing
+            return *as_inputs(traced, given, upstream), *nothing
         grads = ctx.grads
         # They become somebody's .grad: a second backward makes them anew, from the logits.
         ctx.grads = None
@@ -177,7 +174,7 @@ class Reduced(torch.autograd.Function):
         if upstream.device.type != "cpu" or upstream.item() != 1:
             for g in grads:
                 g.mul_(upstream)
-        return *_as_inputs(grads, given), *nothing
+        return *as_inputs(grads, given), *nothing
 
 
 class PerRow(torch.autograd.Function):
@@ -189,10 +186,10 @@ class PerRow(torch.autograd.Function):
         *call, listed, needs = args
         loss, stats, argmax, logits = torch.ops.fastloss.linear_row_loss(*call)
         ctx.listed, ctx.needs, ctx.extras = listed, needs, call[-1]
-        _save(ctx, call, stats)
+        save(ctx, call, stats)
         ctx.set_materialize_grads(False)
         if listed:
-            rows = _record(*call)[0].rows
+            rows = record(*call)[0].rows
             log_prob = selected_log_probs(reference.transform(logits, rows.spec), rows, stats)
             return log_prob, stats[4].clone() if ctx.extras else stats.new_empty(0)
         if not ctx.extras:
@@ -202,9 +199,9 @@ class PerRow(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> Any:
-        call, (stats,) = _saved(ctx)
+        call, (stats,) = saved(ctx)
         nothing = [None] * (len(call) - 3 + 2)
-        given, _ = _record(*call)
+        given, _ = record(*call)
         if all(g is None for g in upstream):
             return None, None, None, *nothing
         if not torch.compiler.is_compiling() and any(map(needs_formula, upstream)):
@@ -213,49 +210,11 @@ class PerRow(torch.autograd.Function):
         if ctx.listed:
             rows, stats, four = selected_upstream(given.rows, stats, *upstream)
             given = given._replace(rows=rows)
-        grads = torch.ops.fastloss.linear_row_grad(*_flat(given), stats, four, ctx.needs)
-        return *_as_inputs(grads, given), *nothing
+        grads = torch.ops.fastloss.linear_row_grad(*flat(given), stats, four, ctx.needs)
+        return *as_inputs(grads, given), *nothing
 
 
 def _formula(listed: bool) -> Callable[[Rows], Any]:
     if listed:
         return lambda rows: reference.selected(rows.input, rows.target, rows.spec)
     return reference.row_result
-
-
-def _needs_reference(given: LinearRows, *vectors: Tensor | None) -> bool:
-    """As for rows of logits; and gradients of a teacher."""
-    learned = given.teacher or ()
-    return evaluate.needs_reference(given.rows, *learned, *vectors)
-
-
-def reduced_loss(given: LinearRows, to: Reduction) -> Tensor:
-    """The loss as `to` says, in its dtype; (N,) unreduced."""
-    rows = given.rows
-    if _needs_reference(given, to.token_weight, to.normalizer):
-        return evaluate.reduced_loss(given.materialised(), to)
-    if to.kind == "none" or saved_hooks_active():  # checkpointing, offloading: keep no gradients in the forward
-        return reduce_rows(per_row(given).loss, rows, to).to(to.dtype)
-    normalizer = to.normalizer
-    if normalizer is None and to.kind == "mean":
-        normalizer = mean_denominator(given.head.hidden.new_ones(len(rows.input), dtype=rows.compute_dtype), rows, to)
-    needs = _needs(given.head)
-    args = *_flat(given), to.token_weight, normalizer, needs
-    loss = Reduced.apply(*args) if any(needs) else torch.ops.fastloss.linear_loss(*args)[0]
-    return loss.to(to.dtype)
-
-
-def per_row(given: LinearRows, extras: bool = False) -> RowLoss:
-    """Losses and, with `extras`, statistics of each row; differentiable in the head."""
-    if _needs_reference(given):
-        return evaluate.row_losses(given.materialised(), extras)
-    out = PerRow.apply(*_flat(given), extras, False, _needs(given.head))
-    return RowLoss(*out) if extras else RowLoss(out)
-
-
-def selected(given: LinearRows, extras: bool) -> tuple[Tensor, Tensor]:
-    """Log-probabilities (N, K) of listed classes and, with `extras`, the entropy (N,); differentiable in the head."""
-    if _needs_reference(given):
-        rows = given.materialised()
-        return reference.selected(rows.input, rows.target, rows.spec)
-    return PerRow.apply(*_flat(given), extras, True, _needs(given.head))

@@ -67,7 +67,7 @@ def rows_of(rows: Rows, part: Part) -> Rows:
         soft = spec.objective == Objective.PROBS and sharp != 1
         return rows._replace(target=rows.target * sharp if soft else rows.target, spec=spec)
     objective = Objective.TOPK if spec.objective == Objective.INDEX else spec.objective
-    y, here, ignored = _placed(rows, part)
+    y, here, ignored = placed(rows, part)
     q = torch.ones_like(y, dtype=rows.compute_dtype) if rows.probs is None else rows.probs.to(rows.compute_dtype)
     q = torch.where(here, q if sharp == 1 else q * sharp, 0)
     y = torch.where(here, y - part.start, _stand_in(rows, y - part.start, here))
@@ -84,7 +84,7 @@ def _stand_in(rows: Rows, y: Tensor, here: Tensor) -> Tensor | int:
     return torch.where(here.any(1, keepdim=True), first, 0)
 
 
-def _placed(rows: Rows, part: Part) -> tuple[Tensor, Tensor, Tensor]:
+def placed(rows: Rows, part: Part) -> tuple[Tensor, Tensor, Tensor]:
     """The listed classes (N, K), which of them are in the part, and which are ignored."""
     y = rows.target if rows.target.dim() == 2 else rows.target[:, None]
     ignored = y == rows.spec.ignore_index
@@ -102,28 +102,27 @@ def _nothing(rows: Rows) -> PartLoss:
 # ---- what a part contributes ----------------------------------------------------------------------------------------
 
 
-def contribution(rows: Rows, part: Part, compute: Compute, extras: bool = False, picks: bool = False) -> Fields:
-    """What a part says of its rows, each (N,), to be gathered from all for `merged`: with extras entropy and argmax,
-    with picks the transformed logits of the classes listed."""
-    objective = rows.spec.objective
-    local = rows_of(rows._replace(spec=rows.spec._replace(z_loss=0.0)), part)
-    if objective == Objective.JS:  # whose first round is that of any divergence
-        local = local._replace(spec=local.spec._replace(objective=Objective.FORWARD_KL))
-    q = local.probs
+def contribution(rows: Rows, local: Rows, part: Part, compute: Compute, extras: bool, picks: bool) -> Fields:
+    """What a part says of its rows, of which `local` are rows_of them: each (N,), to be gathered from all for `merged`;
+    with extras entropy and argmax, with picks the transformed logits of the classes listed."""
+    objective, q = rows.spec.objective, local.probs
+    # A mixture's first round is that of any divergence.
+    of_part = Objective.FORWARD_KL if objective == Objective.JS else local.spec.objective
+    local = local._replace(spec=local.spec._replace(objective=of_part, z_loss=0.0))
     if objective == Objective.TOPK_TAIL and q is not None:
         local, picks = local._replace(probs=torch.zeros_like(q)), True
     loss, stats, argmax, top, logits = compute(local, extras, picks, None) if part.size else _nothing(local)
     if objective.paired:
         return dict(zip(("centre", "log_sum", "target_centre", "target_log_sum"), stats, strict=False), loss=loss)
     if objective == Objective.TOPK_TAIL and q is not None:
-        return _with_tail(stats, q, transform(logits, rows.spec), _placed(rows, part)[1])
+        return _with_tail(stats, q, transform(logits, rows.spec), placed(rows, part)[1])
     fields = {"centre": stats[0], "log_sum": stats[1], "mass": stats[3], "loss": loss}
     if objective == Objective.INDEX and rows.weight is not None:
         fields["target_weight"] = _weight_of_target(rows, part)
     if extras:
         fields |= {"entropy": stats[4], "top": top.to(loss.dtype), "argmax": argmax.to(loss.dtype) + part.start}
     if picks:
-        z = torch.where(_placed(rows, part)[1], transform(logits, rows.spec).to(loss.dtype), 0)
+        z = torch.where(placed(rows, part)[1], transform(logits, rows.spec).to(loss.dtype), 0)
         fields |= {f"picked{k}": column for k, column in enumerate(z.unbind(1))}
     return fields
 
@@ -150,7 +149,7 @@ def _with_tail(stats: Tensor, q: Tensor, z: Tensor, here: Tensor) -> Fields:
 
 
 def _weight_of_target(rows: Rows, part: Part) -> Tensor:
-    y, here, _ = _placed(rows, part)
+    y, here, _ = placed(rows, part)
     if part.size == 0 or rows.weight is None:
         return torch.zeros_like(y[:, 0], dtype=rows.compute_dtype)
     weight = rows.weight.to(rows.compute_dtype)
@@ -266,41 +265,21 @@ def _divergence(rows: Rows, parts: Fields) -> Whole:
 # ---- gradients ------------------------------------------------------------------------------------------------------
 
 
-def gradient(
-    rows: Rows,
-    part: Part,
-    whole: Whole,
-    upstream: list[Tensor | None],
-    row_grad: Callable[[Rows, Tensor, list[Tensor | None]], Tensor],
-    listed: Callable[[Tensor], Tensor],
-) -> Tensor:
-    """Of a part's logits, from upstream gradients (N,) of (loss, lse, log_prob, entropy) and statistics of the whole.
-    `listed(index)` gives a part's logits (N, K)."""
-    if rows.spec.objective == Objective.TOPK_TAIL:
-        return _tail_gradient(rows, part, whole, upstream, row_grad, listed)
-    return row_grad(rows_of(rows, part), whole.stats, upstream)
+# (rows of a part, statistics of the whole, upstream gradients (N,) of (loss, lse, log_prob, entropy)) -> their gradient
+RowGrad = Callable[[Rows, Tensor, "list[Tensor | None]"], Tensor]
 
 
-def _tail_gradient(
-    rows: Rows,
-    part: Part,
-    whole: Whole,
-    upstream: list[Tensor | None],
-    row_grad: Callable[[Rows, Tensor, list[Tensor | None]], Tensor],
-    listed: Callable[[Tensor], Tensor],
-) -> Tensor:
-    """A p_j - q_j of what is listed, A p_j - rest p_j / P(tail) of the rest: the kernel writes the latter, relative to
-    the tail, as a cross-entropy of no class; what is listed is put over it."""
-    lse, g = Log(whole.stats[0], whole.stats[1]), upstream[0]
-    assert whole.tail is not None and whole.rest is not None and g is not None
-    spec = rows.spec
+def tail_gradient(rows: Rows, local: Rows, part: Part, whole: Whole, g: Tensor, row_grad: RowGrad) -> Tensor:
+    """Of a part's logits, where the classes that are not listed are lumped together: A p_j - q_j of what is listed,
+    A p_j - rest p_j / P(tail) of the others. The kernel writes the latter, relative to the tail, as a cross-entropy of
+    no class; what is listed is put over it."""
+    assert whole.tail is not None and whole.rest is not None and local.probs is not None
+    lse, spec = Log(whole.stats[0], whole.stats[1]), rows.spec
     A = whole.stats[3] + whole.rest + 2 * spec.z_loss * (lse.centre + lse.log_sum)
     of_tail = times(A, torch.exp(whole.tail.less(lse))) - whole.rest
-    local = rows_of(rows, part)
-    assert local.probs is not None
-    y, q, (_, here, _) = local.target, local.probs, _placed(rows, part)
-    y = torch.where(here, y, 0)
-    z = transform(listed(y), spec)  # before the gradient overwrites them
+    q, here = local.probs, placed(rows, part)[1]
+    y = torch.where(here, local.target, 0)
+    z = transform(local.input.gather(1, y), spec)  # before the gradient overwrites them
     of_none = local._replace(probs=torch.zeros_like(q), spec=local.spec._replace(objective=Objective.TOPK, z_loss=0.0))
     zero = torch.zeros_like(of_tail)
     centre = torch.where(whole.tail.centre == -torch.inf, 0, whole.tail.centre)

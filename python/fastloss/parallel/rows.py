@@ -13,11 +13,8 @@ from ..reduction import reduce_rows
 from ..rows import RowLoss, call_row_grad, call_row_loss, needs_formula, transforming
 from ..spec import Objective, Reduction, Rows, Spec
 from . import merge
-from .merge import Compute, Log, Part, PartLoss, Whole
+from .merge import Compute, Log, Part, PartLoss, RowGrad, Whole, placed, rows_of, tail_gradient
 from .shard import VocabShard, check_agreement, check_padding, check_targets, gather
-
-# (rows of a part as a backend takes them, statistics of the whole, upstream of (loss, lse, log_prob, entropy), out)
-RowGrad = Callable[[Rows, Tensor, "list[Tensor | None]"], Tensor]
 
 
 class Asked(NamedTuple):
@@ -32,26 +29,25 @@ PLAIN = Asked()
 
 class Outcome(NamedTuple):
     """What a Function returns of rows over all ranks, differentiable but for centre, target_weight and argmax. The
-    log-partition is centre + log_sum. What was not asked for is empty."""
+    log-partition is centre + log_sum. None where it was not asked for."""
 
     loss: Tensor
-    log_sum: Tensor
-    entropy: Tensor
-    picked: Tensor
-    centre: Tensor
-    target_weight: Tensor
-    argmax: Tensor
+    log_sum: Tensor | None
+    entropy: Tensor | None
+    picked: Tensor | None
+    centre: Tensor | None
+    target_weight: Tensor | None
+    argmax: Tensor | None
 
 
-def over_ranks(rows: Rows, shard: VocabShard, compute: Compute, asked: Asked) -> Whole:
+def over_ranks(rows: Rows, local: Rows, shard: VocabShard, compute: Compute, asked: Asked) -> Whole:
     """Losses and statistics of whole rows from each rank's part: one collective, two of a mixture (JS)."""
-    part = shard.part
-    whole = merge.merged(rows, gather(merge.contribution(rows, part, compute, *asked), shard))
+    whole = merge.merged(rows, gather(merge.contribution(rows, local, shard.part, compute, *asked), shard))
     if rows.spec.objective != Objective.JS:
         return whole
     loss = tilt = torch.zeros_like(whole.loss)
-    if part.size:
-        local = merge.rows_of(rows._replace(spec=rows.spec._replace(z_loss=0.0)), part)
+    if shard.part.size:
+        local = local._replace(spec=local.spec._replace(z_loss=0.0))
         loss, stats, *_ = compute(local, False, False, whole.stats)
         tilt = stats[4]
     sums = {name: parts.sum(0) for name, parts in gather({"loss": loss, "tilt": tilt}, shard).items()}
@@ -59,54 +55,56 @@ def over_ranks(rows: Rows, shard: VocabShard, compute: Compute, asked: Asked) ->
     return Whole(sums["loss"] + z_loss, torch.stack([*whole.stats[:4], sums["tilt"]]))
 
 
-def save(ctx: Any, whole: Whole, *tensors: Tensor | None) -> None:
-    """What the backward of a Function needs of whole rows, after what it needs besides."""
+def save(ctx: Any, rows: Rows, local: Rows, whole: Whole, *tensors: Tensor | None) -> None:
+    """What the backward of a Function needs of rows: after what it needs besides, which are `tensors`."""
     tail = () if whole.tail is None or whole.rest is None else (*whole.tail, whole.rest)
-    ctx.save_for_backward(*tensors, whole.stats, *tail)
+    target = None if local.target is rows.target else local.target
+    ctx.save_for_backward(*tensors, rows.target, rows.weight, rows.probs, target, local.probs, whole.stats, *tail)
+    ctx.specs = rows.spec, local.spec
     ctx.set_materialize_grads(False)
 
 
-def saved(ctx: Any, count: int) -> tuple[list[Any], Whole]:
-    """The tensors, of which there are `count`, and the whole rows."""
-    tensors = ctx.saved_tensors
-    stats, *tail = tensors[count:]
+def saved(ctx: Any, count: int) -> tuple[list[Any], Callable[[Tensor], tuple[Rows, Rows]], Whole]:
+    """The `count` other tensors, what makes (rows, local) of logits, and the whole rows."""
+    target, weight, probs, local_target, local_probs, stats, *tail = ctx.saved_tensors[count:]
+    spec, local_spec = ctx.specs
+
+    def rows_over(input: Tensor) -> tuple[Rows, Rows]:
+        rows = Rows(input, target, weight, spec, probs)
+        return rows, Rows(input, target if local_target is None else local_target, weight, local_spec, local_probs)
+
     whole = Whole(stats[0], stats, Log(*tail[:2]), tail[2]) if tail else Whole(stats[0], stats)
-    return list(tensors[:count]), whole
+    return list(ctx.saved_tensors[:count]), rows_over, whole
 
 
-def outcome(ctx: Any, whole: Whole) -> Outcome:
+def outcome(ctx: Any, whole: Whole, asked: Asked) -> Outcome:
     """What a Function returns."""
-    given = whole.target_weight, whole.argmax, whole.picked
-    weight, argmax, picked = (whole.loss.new_empty(0) if t is None else t for t in given)
-    centre, log_sum, _, _, entropy = (t.clone() for t in whole.stats)
-    ctx.mark_non_differentiable(centre, weight, argmax)
-    return Outcome(whole.loss, log_sum, entropy, picked, centre, weight, argmax)
+    some = asked.extras or asked.picks
+    centre, log_sum = (whole.stats[0].clone(), whole.stats[1].clone()) if some else (None, None)
+    entropy = whole.stats[4].clone() if asked.extras else None
+    constant = centre, whole.target_weight, whole.argmax
+    ctx.mark_non_differentiable(*(t for t in constant if t is not None))
+    return Outcome(whole.loss, log_sum, entropy, whole.picked, *constant)
 
 
 def gradients(
-    rows: Rows,
-    part: Part,
-    whole: Whole,
-    upstream: tuple[Tensor | None, ...],
-    row_grad: RowGrad,
-    listed: Callable[[Tensor], Tensor],
+    rows: Rows, local: Rows, part: Part, whole: Whole, upstream: tuple[Tensor | None, ...], row_grad: RowGrad
 ) -> Tensor:
     """Of a part's logits, from upstream gradients of an Outcome's first four."""
     loss, lse, entropy, picked = upstream[:4]
-    if picked is None or not picked.numel():
-        return merge.gradient(rows, part, whole, [loss, lse, None, entropy], row_grad, listed)
+    if picked is None:
+        if rows.spec.objective == Objective.TOPK_TAIL and loss is not None:
+            return tail_gradient(rows, local, part, whole, loss, row_grad)
+        return row_grad(local, whole.stats, [loss, lse, None, entropy])
     # That of listed logits is a cross-entropy's that lists them, of negative probabilities and no weight in all.
-    spec = rows.spec._replace(objective=Objective.TOPK, z_loss=0.0, label_smoothing=0.0)
-    target = rows.target if rows.target.dim() == 2 else rows.target[:, None]
-    chosen = Rows(rows.input, target, None, spec, -picked)
+    spec = local.spec._replace(z_loss=0.0, label_smoothing=0.0)
+    chosen = Rows(local.input, local.target, None, spec, torch.where(placed(rows, part)[1], -picked, 0))
     one, zero = torch.ones_like(whole.loss), torch.zeros_like(whole.loss)
     stats = torch.stack([*whole.stats[:2], zero, zero, whole.stats[4]])
     if loss is None:
-        return row_grad(merge.rows_of(chosen, part), stats, [one, lse, None, entropy])
-    before = rows.input.clone()  # the gradient may be written over it
-    grad = merge.gradient(rows, part, whole, [loss, lse, None, entropy], row_grad, listed)
-    more = call_row_grad(merge.rows_of(chosen._replace(input=before), part), stats, [one, None, None, None])
-    return grad.add_(more)
+        return row_grad(chosen, stats, [one, lse, None, entropy])
+    more = call_row_grad(chosen, stats, [one, None, None, None])
+    return row_grad(local, whole.stats, [loss, lse, None, entropy]).add_(more)
 
 
 class Sharded(torch.autograd.Function):
@@ -125,22 +123,23 @@ class Sharded(torch.autograd.Function):
         inplace: bool,
     ) -> Any:
         rows = Rows(input[:, : shard.part.size], target, weight, spec, probs)
-        whole = over_ranks(rows, shard, _compute, asked)
-        save(ctx, whole, input, target, weight, probs)
-        ctx.spec, ctx.part, ctx.inplace = spec, shard.part, inplace
-        return tuple(outcome(ctx, whole))
+        local = rows_of(rows, shard.part)
+        whole = over_ranks(rows, local, shard, _compute, asked)
+        save(ctx, rows, local, whole, input)
+        ctx.part, ctx.inplace = shard.part, inplace
+        return tuple(outcome(ctx, whole, asked))
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> Any:
         refuse_formula(*upstream)
-        (input, target, weight, probs), whole = saved(ctx, 4)
+        (input,), rows_over, whole = saved(ctx, 1)
         size = ctx.part.size
         grad = input.detach() if ctx.inplace else torch.empty_like(input)
         if size:
-            rows = Rows(input[:, :size].detach(), target, weight, ctx.spec, probs)
             row_grad = lambda local, stats, g: call_row_grad(local, stats, g, grad[:, :size])  # noqa: E731
-            gradients(rows, ctx.part, whole, upstream, row_grad, lambda index: rows.input.gather(1, index))
-        grad[:, size:] = 0
+            gradients(*rows_over(input[:, :size].detach()), ctx.part, whole, upstream, row_grad)
+        if size < input.shape[1]:
+            grad[:, size:] = 0
         if ctx.inplace:
             torch.autograd.graph.increment_version(input)
         return grad, *([None] * 7)
@@ -194,34 +193,29 @@ def apply(rows: Rows, shard: VocabShard, asked: Asked = PLAIN, inplace: bool = F
 
 def reduced(found: Outcome, rows: Rows, to: Reduction) -> Tensor:
     """The loss as `to` says, in its dtype; (N,) unreduced."""
-    return reduce_rows(found.loss, rows, to, weights_of(found)).to(to.dtype)
+    return reduce_rows(found.loss, rows, to, found.target_weight).to(to.dtype)
 
 
-def weights_of(found: Outcome) -> Tensor | None:
-    """The class weights of targets, if there are any."""
-    return found.target_weight if found.target_weight.numel() else None
-
-
-def selected(rows: Rows, shard: VocabShard, extras: bool) -> tuple[Tensor, Tensor]:
-    """Log-probabilities (N, K) of the classes listed and, with `extras`, the entropy (N,)."""
-    found = apply(rows, shard, Asked(extras, True))
-    return log_probs(found, rows), found.entropy
-
-
-def row_loss(found: Outcome, rows: Rows, extras: bool) -> RowLoss:
+def row_loss(found: Outcome, rows: Rows) -> RowLoss:
     """The fields of RowLoss; there is no rank among classes of which each rank sees some."""
-    if not extras:
-        return RowLoss(found.loss, target_weight=weights_of(found))
+    if found.centre is None or found.log_sum is None:
+        return RowLoss(found.loss, target_weight=found.target_weight)
     lse = found.centre + found.log_sum
     if rows.spec.objective == Objective.INDEX:
         log_prob = log_probs(found, rows)[:, 0]
     else:
         log_prob = rows.spec.z_loss * lse**2 - found.loss
-    return RowLoss(found.loss, lse, log_prob, found.entropy, found.argmax, None, weights_of(found))
+    return RowLoss(found.loss, lse, log_prob, found.entropy, found.argmax, None, found.target_weight)
 
 
 def log_probs(found: Outcome, rows: Rows) -> Tensor:
     """Of the classes listed, (N, K); 0 where ignored."""
+    assert found.picked is not None and found.centre is not None and found.log_sum is not None
     valid = rows.target != rows.spec.ignore_index
     log_prob = ((found.picked - found.centre[:, None]) - found.log_sum[:, None]).clamp(max=0)
     return torch.where(valid if valid.dim() == 2 else valid[:, None], log_prob, 0)
+
+
+def selected(found: Outcome, rows: Rows) -> tuple[Tensor, Tensor]:
+    """Log-probabilities (N, K) of the classes listed and, if asked for, the entropy (N,)."""
+    return log_probs(found, rows), found.loss if found.entropy is None else found.entropy

@@ -13,6 +13,8 @@ from torch import Tensor
 from ..spec import Rows
 from .merge import Fields, Part
 
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name since torch 2.13
+
 
 @dataclass(frozen=True)
 class VocabShard:
@@ -79,7 +81,7 @@ def gather(fields: Fields, shard: VocabShard) -> Fields:
         everyone = functional.wait_tensor(everyone)
     else:
         everyone = packed.new_empty((shard.ranks * len(packed), *packed.shape[1:]))
-        dist.all_gather_into_tensor(everyone, packed, group=shard.group)
+        _all_gather(everyone, packed, group=shard.group)
     everyone = everyone.view(shard.ranks, len(packed), *packed.shape[1:])
     return dict(zip(fields, everyone.unbind(1), strict=True))
 
@@ -109,7 +111,7 @@ def check_agreement(rows: Rows, shard: VocabShard, asked: tuple[bool, ...]) -> N
     numbers = [value if isinstance(value, int) else zlib.crc32(value.encode()) for value in alike]
     mine = torch.tensor([shard.start, shard.stop, *numbers], dtype=torch.int64, device=rows.input.device)
     everyone = mine.new_empty((shard.ranks * len(mine),))
-    dist.all_gather_into_tensor(everyone, mine, group=shard.group)
+    _all_gather(everyone, mine, group=shard.group)
     table = everyone.view(shard.ranks, -1).tolist()
     for k, name in enumerate(_ALIKE, 2):
         values = [row[k] for row in table]

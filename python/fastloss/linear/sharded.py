@@ -1,0 +1,115 @@
+"""Losses of hidden states whose head each rank has some rows of: the autograd Function, as fastloss/parallel/rows.py
+has it for logits.
+
+Forward: each rank's logits, some rows at a time, into the statistics of its part, and one collective. Backward: the
+logits again, the gradients of the head's part, and those of the hidden states summed over ranks.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..parallel import VocabShard
+from ..parallel.merge import Log, PartLoss, Whole, rows_of
+from ..parallel.rows import PLAIN, Asked, Outcome, check, gradients, of_part, outcome, over_ranks, refuse_formula
+from ..spec import Rows
+from . import heads
+from .heads import Chunk, Head, HeadGrads, LinearRows
+from .rows import as_inputs, flat, needs_of, record, save, saved
+
+
+class ShardedHead(torch.autograd.Function):
+    """(*arguments of linear_loss, shard, asked, needs) -> Outcome."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Any:
+        *call, shard, asked, needs = args
+        given, _ = record(*call)
+        local = rows_of(given.rows, shard.part)
+        whole = over_ranks(given.rows, local, shard, partial(_compute, given), asked)
+        own = None if local.target is given.rows.target else local.target, local.probs
+        tail = () if whole.tail is None or whole.rest is None else (*whole.tail, whole.rest)
+        save(ctx, [*call, *own], whole.stats, *tail)
+        ctx.set_materialize_grads(False)
+        ctx.local_spec, ctx.shard, ctx.needs = local.spec, shard, needs
+        return tuple(outcome(ctx, whole, asked))
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> Any:
+        refuse_formula(*upstream)
+        call, (stats, *tail) = saved(ctx)
+        given, (target, probs) = record(*call)
+        rows = given.rows
+        local = Rows(rows.input, rows.target if target is None else target, rows.weight, ctx.local_spec, probs)
+        whole = Whole(stats[0], stats, Log(*tail[:2]), tail[2]) if tail else Whole(stats[0], stats)
+        grads = _head_grads(given, local, ctx.shard, whole, upstream, ctx.needs)
+        return *as_inputs(grads, given), *([None] * len(call))
+
+
+def _compute(given: LinearRows, local: Rows, extras: bool, picks: bool, whole: Tensor | None) -> PartLoss:
+    loss, stats, argmax, logits, top = heads.row_loss(given._replace(rows=local), extras, whole)
+    return PartLoss(loss, stats, argmax, top, logits)
+
+
+def _head_grads(
+    given: LinearRows, local: Rows, shard: VocabShard, whole: Whole, upstream: Any, needs: list[bool]
+) -> list[Tensor]:
+    """Of this rank's part of the head, and of the hidden states over all ranks: their sum is under way while the last
+    chunk's part of the weight's is made."""
+    backend, rows = given.backend(), given.rows
+    under_way: list[Any] = []
+
+    def sum_hidden() -> None:
+        if shard.ranks > 1 and needs[0]:
+            under_way.append(dist.all_reduce(grads.hidden, group=shard.group, async_op=True))
+
+    def write(chunk: Chunk) -> None:
+        logits, where = chunk.rows.input, chunk.where
+        target = chunk.rows.target if given.teacher is not None else rows.target[where]
+        of_all = rows._replace(input=logits, target=target, probs=chunk.of(rows.probs))
+        at = Whole(whole.loss[where], whole.stats[:, where].contiguous())
+        if whole.tail is not None and whole.rest is not None:
+            at = at._replace(tail=Log(*(t[where] for t in whole.tail)), rest=whole.rest[where])
+        row_grad = lambda part, stats, g: backend.row_grad(part, stats, g, part.input)  # noqa: E731
+        gradients(of_all, chunk.rows, shard.part, at, tuple(chunk.of(g) for g in upstream[:4]), row_grad)
+
+    skipped = None if any(g is not None for g in upstream[1:4]) else heads.without_effect(rows, upstream[0])
+    grads = HeadGrads(given.head, needs, backend.matmul, sum_hidden)
+    if shard.part.size:
+        found = heads.sum_up(given._replace(rows=local), grads, write, skipped)
+    else:
+        grads.hidden.zero_()
+        if len(rows.input) and (skipped is None or not bool(skipped.all())):
+            sum_hidden()
+        found = grads.result(skipped)
+    for work in under_way:
+        work.wait()
+    return found
+
+
+def over_shard(given: LinearRows, shard: VocabShard, asked: Asked = PLAIN) -> Outcome:
+    """Rows of hidden states; each rank has its part of the head, and of the teacher's."""
+    check(given.rows, shard, asked)
+    size, learned = shard.part.size, [t for t in given.teacher or () if t is not None and t.requires_grad]
+    if learned and torch.is_grad_enabled():
+        raise NotImplementedError("target_input, target_linear_weight: expected no gradient to be wanted with shard")
+    rows = of_part(given.rows, shard)
+    rows = rows._replace(input=rows.input[:, :size])
+    if given.teacher is not None:
+        rows = rows._replace(target=rows.input)
+    head, teacher = (None if h is None else _part_of(h, size) for h in (given.head, given.teacher))
+    assert head is not None
+    given = LinearRows(rows, head, teacher, given.limit)
+    return Outcome(*ShardedHead.apply(*flat(given), shard, asked, needs_of(head)))
+
+
+def _part_of(head: Head, size: int) -> Head:
+    """Without padding."""
+    if head.weight.shape[0] == size:
+        return head
+    return Head(head.hidden, head.weight[:size], None if head.bias is None else head.bias[:size])
