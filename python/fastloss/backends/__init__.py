@@ -17,8 +17,9 @@ from . import cuda, device, native, products, reference, triton
 class Backend(NamedTuple):
     """Functions that compute `spec.Rows`: reference.row_loss and row_grad, native.row_loss_grad say how. The last, loss
     and gradient in one pass, may be missing. With `rescale` the upstream gradient of a reduced loss is read on the
-    device; without it, on the host. `matmul` and `logits_dtype` make logits from hidden
-    states: products.py says how; where it `takes_head`, `head_loss` needs none in memory."""
+    device; without it, on the host. `matmul` and `logits_dtype` make logits from hidden states: products.py says how;
+    where it `takes_head`, `head_loss` needs none in memory. `in_parts`: rows may be part of a vocabulary, and their
+    gradient is made from the statistics of the whole."""
 
     name: str
     runs_on: str
@@ -30,6 +31,7 @@ class Backend(NamedTuple):
     products_by: str = "torch's matmul"
     matmul: Callable[..., None] = products.matmul
     logits_dtype: Callable[[torch.dtype, torch.dtype], torch.dtype] = products.logits_dtype
+    in_parts: bool = True
     takes_head: Callable[..., bool] | None = None
     head_loss: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None
 
@@ -70,7 +72,9 @@ BACKENDS = (
     ),
     _on_device("cuda", "NVIDIA GPUs, compute capability 8.0 and later", cuda.refuses, cuda.kernels),
     _on_device("triton", "GPUs that Triton knows: NVIDIA, AMD, Intel", triton.refuses, triton.kernels),
-    Backend("reference", "all that torch runs on", reference.refuses, reference.row_loss, reference.row_grad),
+    Backend(
+        "reference", "all that torch runs on", reference.refuses, reference.row_loss, reference.row_grad, in_parts=False
+    ),
 )
 
 _forced: str | None = None

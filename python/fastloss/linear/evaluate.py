@@ -12,6 +12,7 @@ from ..parallel import rows as parallel
 from ..reduction import mean_denominator, reduce_rows
 from ..rows import RowLoss, saved_hooks_active
 from ..spec import Objective, Reduction
+from . import blocks
 from .heads import LinearRows
 from .rows import PerRow, Reduced, flat, needs_of
 from .sharded import over_shard
@@ -30,12 +31,13 @@ def reduced_loss(given: LinearRows, to: Reduction, shard: VocabShard | None = No
         return parallel.reduced(over_shard(given, shard), rows, to)
     if _needs_reference(given, to.token_weight, to.normalizer):
         return evaluate.reduced_loss(given.materialised(), to)
-    if to.kind == "none" or saved_hooks_active():  # checkpointing, offloading: keep no gradients in the forward
+    needs = needs_of(given.head)
+    # Checkpointing, offloading, sums of more memory than is allowed: no gradients in the forward.
+    if to.kind == "none" or saved_hooks_active() or blocks.needed(given, needs):
         return reduce_rows(per_row(given).loss, rows, to).to(to.dtype)
     normalizer = to.normalizer
     if normalizer is None and to.kind == "mean":
         normalizer = mean_denominator(given.head.hidden.new_ones(len(rows.input), dtype=rows.compute_dtype), rows, to)
-    needs = needs_of(given.head)
     args = *flat(given), to.token_weight, normalizer, needs
     loss = Reduced.apply(*args) if any(needs) else torch.ops.fastloss.linear_loss(*args)[0]
     return loss.to(to.dtype)

@@ -87,7 +87,8 @@ def rows_at_once(logits: Tensor, max_chunk_bytes: int, teacher: bool, rows: int 
 
 class HeadGrads:
     """The gradients of hidden states (N, H), weight (V, H) and bias (V,), summed over chunks in the compute dtype; each
-    only where it is needed, else empty. `on_hidden` is called when the first is complete."""
+    only where it is needed, else empty. `on_hidden` is called when the first is complete; with `hidden` it is added to
+    that."""
 
     def __init__(
         self,
@@ -95,20 +96,23 @@ class HeadGrads:
         needs: list[bool],
         matmul: Callable[..., None],
         on_hidden: Callable[[], None] = lambda: None,
+        hidden: Tensor | None = None,
     ) -> None:
         self.head, self.matmul, self.on_hidden, self.started = head, matmul, on_hidden, False
         dtype = COMPUTE_DTYPE[head.dtype]
         self.hidden, self.weight, self.bias = (
-            _empty(shape, dtype, head.hidden.device) for shape in head.grad_shapes(needs)
+            empty(shape, dtype, head.hidden.device) for shape in head.grad_shapes(needs)
         )
+        self.adds, self.hidden = hidden is not None, self.hidden if hidden is None else hidden
         self.needs = needs
 
     def add(self, chunk: Chunk) -> None:
         """What a chunk's rows contribute, whose logits have become their gradient."""
         where, hidden, dlogits = chunk.where, chunk.hidden, chunk.rows.input
         if self.needs[0]:
-            part = self.hidden[where] if isinstance(where, slice) else self.hidden.new_empty(hidden.shape)
-            self.matmul(dlogits, self.head.weight, part)
+            there = self.adds or isinstance(where, slice)
+            part = self.hidden[where] if there else self.hidden.new_empty(hidden.shape)
+            self.matmul(dlogits, self.head.weight, part, self.adds)
             if isinstance(where, Tensor):
                 self.hidden[where] = part
             if chunk.last:
@@ -193,7 +197,7 @@ def _part(N: int, limit: int) -> int:
 
 def _logits_buffer(head: Head, size: int, backend: Backend) -> Tensor:
     dtype = backend.logits_dtype(head.hidden.dtype, head.weight.dtype)
-    return _empty((size, head.weight.shape[0]), dtype, head.hidden.device)
+    return empty((size, head.weight.shape[0]), dtype, head.hidden.device)
 
 
 def _fill(buffer: Tensor, hidden: Tensor, head: Head, backend: Backend) -> Tensor:
@@ -202,7 +206,8 @@ def _fill(buffer: Tensor, hidden: Tensor, head: Head, backend: Backend) -> Tenso
     return logits
 
 
-def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Uninitialised, in recycled memory where it is large."""
     return native.empty(shape, dtype) if device.type == "cpu" else torch.empty(shape, dtype=dtype, device=device)
 
 

@@ -24,7 +24,7 @@ from ..rows import (
     selected_upstream,
 )
 from ..spec import Reduction, Rows
-from . import heads
+from . import blocks, heads
 from .heads import Head, LinearRows
 
 _HEAD = "Tensor hidden, Tensor head_weight, Tensor? head_bias"
@@ -76,12 +76,14 @@ def _linear_row_loss(*args: Any) -> tuple[Tensor, ...]:
 @torch.library.impl(library, "linear_row_grad", "CompositeExplicitAutograd")
 def _linear_row_grad(*args: Any) -> tuple[Tensor, ...]:
     given, (stats, upstream, needs) = record(*args)
-    return tuple(heads.row_grads(given, stats, upstream, needs))
+    row_grads = blocks.row_grads if blocks.needed(given, needs) else heads.row_grads
+    return tuple(row_grads(given, stats, upstream, needs))
 
 
-def _fake_grads(given: LinearRows, needs: list[bool]) -> list[Tensor]:
+def _fake_grads(given: LinearRows, needs: list[bool], rounded: bool = False) -> list[Tensor]:
     new, dtype = given.head.hidden.new_empty, given.rows.compute_dtype
-    return [new(shape, dtype=dtype) for shape in given.head.grad_shapes(needs)]
+    dtypes = dtype, given.head.weight.dtype if rounded else dtype, dtype
+    return [new(s, dtype=d) for s, d in zip(given.head.grad_shapes(needs), dtypes, strict=True)]
 
 
 @torch.library.register_fake("fastloss::linear_loss", lib=library)
@@ -101,7 +103,7 @@ def _(*args: Any) -> tuple[Tensor, ...]:
 @torch.library.register_fake("fastloss::linear_row_grad", lib=library)
 def _(*args: Any) -> tuple[Tensor, ...]:
     given, (_, _, needs) = record(*args)
-    return tuple(_fake_grads(given, needs))
+    return tuple(_fake_grads(given, needs, blocks.needed(given, needs)))
 
 
 def needs_of(head: Head) -> list[bool]:

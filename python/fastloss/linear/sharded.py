@@ -72,11 +72,8 @@ def _head_grads(
         logits, where = chunk.rows.input, chunk.where
         target = chunk.rows.target if given.teacher is not None else rows.target[where]
         of_all = rows._replace(input=logits, target=target, probs=chunk.of(rows.probs))
-        at = Whole(whole.loss[where], whole.stats[:, where].contiguous())
-        if whole.tail is not None and whole.rest is not None:
-            at = at._replace(tail=Log(*(t[where] for t in whole.tail)), rest=whole.rest[where])
         row_grad = lambda part, stats, g: backend.row_grad(part, stats, g, part.input)  # noqa: E731
-        gradients(of_all, chunk.rows, shard.part, at, tuple(chunk.of(g) for g in upstream[:4]), row_grad)
+        gradients(of_all, chunk.rows, shard.part, whole.at(where), tuple(chunk.of(g) for g in upstream[:4]), row_grad)
 
     skipped = None if any(g is not None for g in upstream[1:4]) else heads.without_effect(rows, upstream[0])
     grads = HeadGrads(given.head, needs, backend.matmul, sum_hidden)

@@ -204,6 +204,12 @@ class Whole(NamedTuple):
     argmax: Tensor | None = None
     picked: Tensor | None = None
 
+    def at(self, where: slice | Tensor) -> Whole:
+        """Some rows, as their gradient needs them."""
+        tail = None if self.tail is None else Log(*(t[where] for t in self.tail))
+        rest = None if self.rest is None else self.rest[where]
+        return Whole(self.loss[where], self.stats[:, where].contiguous(), tail, rest)
+
 
 def merged(rows: Rows, parts: Fields) -> Whole:
     """From what all parts say, (R, N) each."""
@@ -243,13 +249,18 @@ def _tailed(rows: Rows, parts: Fields) -> Whole:
     lse, gap = total(Log(parts["centre"], parts["log_sum"]))
     tail, _ = total(Log(parts["tail_centre"], parts["tail_log_sum"]))
     loss, mass = _summed(parts, lse, gap)
-    rest = (1 - mass).clamp(min=0)
-    rest = torch.where((tail.centre == -torch.inf) & (rest < ROUNDING), 0, rest)
+    rest = rest_of(mass, tail)
     valid = valid_rows(rows)
     rest = rest if valid is None else torch.where(valid, rest, 0)
     loss = loss + times(rest, lse.less(tail).clamp(min=0))
     zero = torch.zeros_like(mass)
     return Whole(loss, torch.stack([*lse, zero, mass, zero]), tail, rest)
+
+
+def rest_of(mass: Tensor, tail: Log) -> Tensor:
+    """The target's weight of the tail; what may be rounding is none of a tail without classes."""
+    rest = (1 - mass).clamp(min=0)
+    return torch.where((tail.centre == -torch.inf) & (rest < ROUNDING), 0, rest)
 
 
 def _divergence(rows: Rows, parts: Fields) -> Whole:

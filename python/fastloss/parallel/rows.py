@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..backends import choose_for
 from ..reduction import reduce_rows
 from ..rows import RowLoss, call_row_grad, call_row_loss, needs_formula, transforming
 from ..spec import Objective, Reduction, Rows, Spec
@@ -174,6 +175,12 @@ def check(rows: Rows, shard: VocabShard, asked: Asked, *vectors: Tensor | None) 
             raise NotImplementedError(f"{name}: expected no gradient to be wanted of it with shard")
     if transforming():
         refuse_formula(rows.input)
+    objective = Objective.TOPK if rows.spec.objective == Objective.INDEX else rows.spec.objective
+    if not choose_for(rows.input.device, rows.input.dtype, rows.target.dtype, objective).in_parts:
+        raise NotImplementedError(
+            f"shard: expected a backend of kernels, such as those of {rows.input.device.type} tensors usually are, got "
+            "the reference"
+        )
     check_agreement(rows, shard, asked)
 
 
