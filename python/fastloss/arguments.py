@@ -11,6 +11,7 @@ from torch import Tensor
 from .spec import COMPUTE_DTYPE, Reduction, Spec
 
 _INDEX_DTYPES = (torch.int64, torch.int32, torch.uint8)
+_PLAIN = (Tensor, torch.nn.Parameter)
 _autocast_exists = torch.amp.is_autocast_available
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 
@@ -164,6 +165,12 @@ def check_linear(input: Tensor, weight: Tensor, bias: Tensor | None, prefix: str
             )
         if value.device != input.device:
             raise RuntimeError(f"{prefix}{name}: expected a tensor on {input.device}, got one on {value.device}")
+        if type(value) in _PLAIN and not torch.compiler.is_compiling() and _is_freed(value):
+            raise RuntimeError(
+                f"{prefix}{name}: expected its numbers, got a tensor whose memory was freed, as FSDP frees a weight "
+                "that it has sharded again: compute the loss in the forward of the module that it belongs to, or after "
+                "module.unshard(), or with module.set_reshard_after_forward(False)"
+            )
         if value.dtype != input.dtype and not (_under_autocast(input) and value.dtype != torch.float64):
             raise RuntimeError(f"{prefix}{name}: expected input's dtype, {input.dtype}, got {value.dtype}")
     if input.dim() < 1:
@@ -188,6 +195,10 @@ def check_linear(input: Tensor, weight: Tensor, bias: Tensor | None, prefix: str
             f"input, (N, {input.shape[-1]}), got "
             f"{'unbatched ' if input.dim() == 1 else ''}input with shape {tuple(input.shape)}"
         )
+
+
+def _is_freed(value: Tensor) -> bool:
+    return value.numel() > 0 and value.device.type != "meta" and value.untyped_storage().size() == 0
 
 
 def beside(tensor: Tensor, name: str, input: Tensor, shape: torch.Size, integral: bool = False) -> Tensor:

@@ -9,13 +9,14 @@ from torch import Tensor
 
 from . import arguments
 from .evaluate import reduced_loss
-from .parallel import VocabShard
+from .parallel import VocabShard, takes_dtensors
 from .spec import Objective, Rows, make_spec
 
 _DIRECTIONS = {"forward": Objective.FORWARD_KL, "reverse": Objective.REVERSE_KL}
 KL_REDUCTIONS = ("none", "mean", "batchmean", "sum")
 
 
+@takes_dtensors
 def kl_div_with_logits(
     input: Tensor,
     target_logits: Tensor,
@@ -78,6 +79,7 @@ def objective_of(direction: str) -> Objective:
     return _DIRECTIONS[direction]
 
 
+@takes_dtensors
 def js_div_with_logits(
     input: Tensor,
     target_logits: Tensor,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import arguments, rows
 from .evaluate import needs_reference, row_losses
-from .parallel import VocabShard
+from .parallel import VocabShard, takes_dtensors
 from .parallel import rows as sharded
 from .rows import RowLoss
 from .spec import COMPUTE_DTYPE, Objective, Rows, make_spec
@@ -28,6 +28,7 @@ class RowStats(NamedTuple):
     rank: Tensor | None
 
 
+@takes_dtensors
 def row_stats(
     input: Tensor,
     target: Tensor | None = None,
@@ -80,6 +81,7 @@ def row_stats(
     return RowStats(lse, log_prob + lse, log_prob, entropy, argmax, rank)
 
 
+@takes_dtensors
 def softmax_entropy(
     input: Tensor,
     *,
@@ -130,6 +132,7 @@ def selective_log_softmax(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@takes_dtensors
 def selective_log_softmax(
     input: Tensor,
     index: Tensor,

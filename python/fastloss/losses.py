@@ -11,7 +11,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import arguments
 from .evaluate import reduced_loss, row_losses
-from .parallel import VocabShard
+from .parallel import VocabShard, takes_dtensors
 from .reduction import reduce_rows, valid_rows
 from .rows import RowLoss
 from .spec import REDUCTIONS, Objective, Reduction, Rows, make_spec
@@ -78,6 +78,7 @@ def cross_entropy(
 ) -> tuple[Tensor, CrossEntropyStats]: ...
 
 
+@takes_dtensors
 def cross_entropy(
     input: Tensor,
     target: Tensor,

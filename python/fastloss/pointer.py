@@ -8,11 +8,12 @@ from torch import Tensor
 
 from . import arguments
 from .evaluate import row_losses
-from .parallel import VocabShard
+from .parallel import VocabShard, takes_dtensors
 from .reduction import reduce_rows
 from .spec import Objective, Rows, make_spec
 
 
+@takes_dtensors
 def pointer_generator_nll(
     input: Tensor,
     gate_logit: Tensor,

@@ -12,13 +12,14 @@ from torch import Tensor
 from . import arguments
 from .backends import reference
 from .evaluate import reduced_loss
-from .parallel import VocabShard
+from .parallel import VocabShard, takes_dtensors
 from .reduction import reduce_rows
 from .spec import Objective, Reduction, Rows, make_spec
 
 _TAILS = {"ignore": Objective.TOPK, "lump": Objective.TOPK_TAIL}
 
 
+@takes_dtensors
 def topk_cross_entropy(
     input: Tensor,
     indices: Tensor,
@@ -75,6 +76,7 @@ def topk_cross_entropy(
     return loss.reshape(input.shape[:-1]) if reduction == "none" else loss
 
 
+@takes_dtensors
 def topk_kl_div(
     input: Tensor,
     indices: Tensor,

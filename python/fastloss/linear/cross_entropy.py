@@ -11,7 +11,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .. import arguments
 from ..losses import CrossEntropyStats, stats_of
-from ..parallel import VocabShard
+from ..parallel import VocabShard, takes_dtensors
 from ..reduction import reduce_rows
 from ..rows import RowLoss
 from ..spec import REDUCTIONS, Objective, Reduction, Rows, make_spec
@@ -68,6 +68,7 @@ def linear_cross_entropy(
 ) -> Tensor: ...
 
 
+@takes_dtensors
 def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from .. import arguments
 from ..divergences import KL_REDUCTIONS, objective_of, objective_of_beta
-from ..parallel import VocabShard
+from ..parallel import VocabShard, takes_dtensors
 from ..spec import Objective, Rows, make_spec
 from .evaluate import reduced_loss
 from .heads import MAX_CHUNK_BYTES, Head, LinearRows, flattened, rows_at_once, stand_in
 
 
+@takes_dtensors
 def linear_kl_div(
     input: Tensor,
     linear_weight: Tensor,
@@ -49,6 +50,7 @@ def linear_kl_div(
     return _divergence(student, Head(*teacher), objective_of(direction), 0.5, **options)
 
 
+@takes_dtensors
 def linear_js_div(
     input: Tensor,
     linear_weight: Tensor,

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from .. import arguments
 from ..logprobs import of_one_class, selective_rows
-from ..parallel import VocabShard
+from ..parallel import VocabShard, takes_dtensors
 from ..topk import less_entropy, topk_rows
 from .evaluate import per_row, reduced_loss, selected
 from .heads import MAX_CHUNK_BYTES, Head, LinearRows, flattened, rows_at_once, stand_in
 
 
+@takes_dtensors
 def linear_topk_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
@@ -39,6 +40,7 @@ def linear_topk_cross_entropy(
     return _topk(Head(input, linear_weight, linear_bias), indices, probs, False, **options)
 
 
+@takes_dtensors
 def linear_topk_kl_div(
     input: Tensor,
     linear_weight: Tensor,
@@ -90,6 +92,7 @@ def _topk(
     return loss.reshape(logits.shape[:-1]) if reduction == "none" else loss
 
 
+@takes_dtensors
 def linear_selective_log_softmax(
     input: Tensor,
     linear_weight: Tensor,

@@ -91,7 +91,7 @@ def _head_grads(
 
 def over_shard(given: LinearRows, shard: VocabShard, asked: Asked = PLAIN) -> Outcome:
     """Rows of hidden states; each rank has its part of the head, and of the teacher's."""
-    check(given.rows, shard, asked)
+    check(given.rows, shard)
     size, learned = shard.part.size, [t for t in given.teacher or () if t is not None and t.requires_grad]
     if learned and torch.is_grad_enabled():
         raise NotImplementedError("target_input, target_linear_weight: expected no gradient to be wanted with shard")

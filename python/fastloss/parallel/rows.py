@@ -15,7 +15,7 @@ from ..rows import RowLoss, call_row_grad, call_row_loss, needs_formula, transfo
 from ..spec import Objective, Reduction, Rows, Spec
 from . import merge
 from .merge import Compute, Log, Part, PartLoss, RowGrad, Whole, placed, rows_of, tail_gradient
-from .shard import VocabShard, check_agreement, check_padding, check_targets, gather
+from .shard import VocabShard, check_padding, check_targets, gather
 
 
 class Asked(NamedTuple):
@@ -43,7 +43,7 @@ class Outcome(NamedTuple):
 
 def over_ranks(rows: Rows, local: Rows, shard: VocabShard, compute: Compute, asked: Asked) -> Whole:
     """Losses and statistics of whole rows from each rank's part: one collective, two of a mixture (JS)."""
-    whole = merge.merged(rows, gather(merge.contribution(rows, local, shard.part, compute, *asked), shard))
+    whole = merge.merged(rows, gather(merge.contribution(rows, local, shard.part, compute, *asked), rows, shard, asked))
     if rows.spec.objective != Objective.JS:
         return whole
     loss = tilt = torch.zeros_like(whole.loss)
@@ -51,7 +51,7 @@ def over_ranks(rows: Rows, local: Rows, shard: VocabShard, compute: Compute, ask
         local = local._replace(spec=local.spec._replace(z_loss=0.0))
         loss, stats, *_ = compute(local, False, False, whole.stats)
         tilt = stats[4]
-    sums = {name: parts.sum(0) for name, parts in gather({"loss": loss, "tilt": tilt}, shard).items()}
+    sums = {name: parts.sum(0) for name, parts in gather({"loss": loss, "tilt": tilt}, rows, shard, asked).items()}
     z_loss = rows.spec.z_loss * (whole.stats[0] + whole.stats[1]) ** 2
     return Whole(sums["loss"] + z_loss, torch.stack([*whole.stats[:4], sums["tilt"]]))
 
@@ -162,7 +162,7 @@ def refuse_formula(*upstream: Tensor | None) -> None:
         )
 
 
-def check(rows: Rows, shard: VocabShard, asked: Asked, *vectors: Tensor | None) -> None:
+def check(rows: Rows, shard: VocabShard) -> None:
     """Before anything is computed or said to other ranks."""
     if not isinstance(shard, VocabShard):
         raise TypeError(f"shard: expected a fastloss.VocabShard or None, got {type(shard).__name__}")
@@ -181,7 +181,6 @@ def check(rows: Rows, shard: VocabShard, asked: Asked, *vectors: Tensor | None) 
             f"shard: expected a backend of kernels, such as those of {rows.input.device.type} tensors usually are, got "
             "the reference"
         )
-    check_agreement(rows, shard, asked)
 
 
 def of_part(rows: Rows, shard: VocabShard) -> Rows:
@@ -194,7 +193,7 @@ def of_part(rows: Rows, shard: VocabShard) -> Rows:
 
 def apply(rows: Rows, shard: VocabShard, asked: Asked = PLAIN, inplace: bool = False) -> Outcome:
     """Rows of logits."""
-    check(rows, shard, asked)
+    check(rows, shard)
     return Outcome(*Sharded.apply(*of_part(rows, shard), shard, asked, inplace))
 
 

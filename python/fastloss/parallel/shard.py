@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -68,58 +69,87 @@ def group_of(shard: VocabShard) -> Any:
     return dist.group.WORLD if shard.group is None else shard.group
 
 
-def gather(fields: Fields, shard: VocabShard) -> Fields:
+def gather(fields: Fields, rows: Rows, shard: VocabShard, asked: tuple[bool, ...]) -> Fields:
     """(N,) each to (R, N), in the order of ranks: one collective, of all fields packed. Merged alike, all ranks get
     the same bits."""
-    if shard.ranks == 1:
-        return {name: field[None] for name, field in fields.items()}
     packed = torch.stack(list(fields.values()))
-    if torch.compiler.is_compiling():
+    if shard.ranks == 1:
+        everyone = packed[None]
+    elif torch.compiler.is_compiling():
         from torch.distributed import _functional_collectives as functional
 
-        everyone = functional.all_gather_tensor(packed, 0, group_of(shard))
-        everyone = functional.wait_tensor(everyone)
+        everyone = functional.wait_tensor(functional.all_gather_tensor(packed, 0, group_of(shard)))
     else:
-        everyone = packed.new_empty((shard.ranks * len(packed), *packed.shape[1:]))
-        _all_gather(everyone, packed, group=shard.group)
-    everyone = everyone.view(shard.ranks, len(packed), *packed.shape[1:])
-    return dict(zip(fields, everyone.unbind(1), strict=True))
+        header = _header(rows, shard, asked)
+        everyone = _all_gather_checked(packed.view(-1).view(torch.uint8), header, shard).view(packed.dtype)
+    return dict(zip(fields, everyone.view(shard.ranks, *packed.shape).unbind(1), strict=True))
 
 
 # ---- agreement ------------------------------------------------------------------------------------------------------
 
-_agreed: set[tuple[Any, ...]] = set()
+# What ranks send is a block of this size, whatever they send: those that disagree must not wait for different numbers
+# of bytes. It starts with what they must agree upon. What does not fit follows, when they are known to agree.
+_BLOCK_BYTES = 1 << 16
 _ALIKE = ("vocab_size", "rows", "dtype", "loss", "options", "class weights")
+_HEADER_BYTES = 8 * (2 + len(_ALIKE))
+_agreed: set[tuple[tuple[int, ...], ...]] = set()
 
 
-def check_agreement(rows: Rows, shard: VocabShard, asked: tuple[bool, ...]) -> None:
-    """Raises the same error on every rank where they differ in what must be alike, or their parts do not cover the
-    vocabulary once. One collective of a few numbers, for a call unlike all before it; none for any other."""
-    if torch.compiler.is_compiling() or shard.ranks == 1:
-        return
-    alike = (
-        shard.vocab_size,
-        len(rows.input),
-        str(rows.compute_dtype),
-        rows.spec.objective.name,
-        str((*rows.spec[:5], *rows.spec[6:], *asked, 0 if rows.probs is None else rows.probs.shape[1])),
-        "given" if rows.weight is not None else "none",
-    )
-    call = (id(shard.group), shard.start, shard.stop, *alike)
-    if call in _agreed:
-        return
-    numbers = [value if isinstance(value, int) else zlib.crc32(value.encode()) for value in alike]
-    mine = torch.tensor([shard.start, shard.stop, *numbers], dtype=torch.int64, device=rows.input.device)
-    everyone = mine.new_empty((shard.ranks * len(mine),))
+def _all_gather_checked(mine: Tensor, header: tuple[int, ...], shard: VocabShard) -> Tensor:
+    """Bytes (B,) of all ranks, (R, B); the same error on every rank where their headers disagree."""
+    block = mine.new_empty(_BLOCK_BYTES)
+    first = min(len(mine), _BLOCK_BYTES - _HEADER_BYTES)
+    block[:_HEADER_BYTES].view(torch.int64).copy_(_on(header, mine.device))
+    block[_HEADER_BYTES : _HEADER_BYTES + first] = mine[:first]
+    everyone = _gathered(block, shard)
+    # A device is waited for only where this rank calls for the first time.
+    if mine.device.type == "cpu" or header not in _checked:
+        _check_headers(everyone[:, :_HEADER_BYTES].contiguous().view(torch.int64).tolist(), shard.vocab_size)
+        _checked.add(header)
+    everyone = everyone[:, _HEADER_BYTES : _HEADER_BYTES + first]
+    if first < len(mine):
+        everyone = torch.cat([everyone, _gathered(mine[first:], shard)], 1)
+    return everyone.contiguous()
+
+
+_checked: set[tuple[int, ...]] = set()
+
+
+def _gathered(mine: Tensor, shard: VocabShard) -> Tensor:
+    everyone = mine.new_empty(shard.ranks * len(mine))
     _all_gather(everyone, mine, group=shard.group)
-    table = everyone.view(shard.ranks, -1).tolist()
+    return everyone.view(shard.ranks, len(mine))
+
+
+@lru_cache(maxsize=256)
+def _on(header: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(header, dtype=torch.int64, device=device)
+
+
+def _header(rows: Rows, shard: VocabShard, asked: tuple[bool, ...]) -> tuple[int, ...]:
+    """The part, and numbers for all that must be alike."""
+    picks = 0 if rows.probs is None else rows.probs.shape[1]
+    said = str(rows.compute_dtype), rows.spec.objective.name, rows.spec, asked, picks, rows.weight is not None
+    return shard.start, shard.stop, shard.vocab_size, len(rows.input), *_numbers(*said)
+
+
+@lru_cache(maxsize=256)
+def _numbers(dtype: str, loss: str, *options: Any) -> tuple[int, ...]:
+    *rest, weights = options
+    return *(zlib.crc32(str(value).encode()) for value in (dtype, loss, rest)), int(weights)
+
+
+def _check_headers(table: list[list[int]], vocab_size: int) -> None:
+    key = tuple(tuple(row) for row in table)
+    if key in _agreed:
+        return
     for k, name in enumerate(_ALIKE, 2):
         values = [row[k] for row in table]
         if len(set(values)) > 1:
-            shown = values if isinstance(alike[k - 2], int) else _named(values)
+            shown = values if name in ("vocab_size", "rows") else _named(values)
             raise RuntimeError(f"{name}: expected the same on all ranks of the vocabulary's group, got {shown}")
-    _check_cover([(row[0], row[1]) for row in table], shard.vocab_size)
-    _agreed.add(call)
+    _check_cover([(row[0], row[1]) for row in table], vocab_size)
+    _agreed.add(key)
 
 
 def _named(values: list[int]) -> str:

@@ -1,0 +1,131 @@
+"""DTensors: one mesh dimension may shard the classes, and is then the vocabulary's group; others may shard the rows."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from .shard import VocabShard
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+_HEADS = ("linear_weight", "linear_bias", "target_linear_weight", "target_linear_bias")
+
+
+def takes_dtensors(function: _F) -> _F:
+    """A loss whose tensors may be DTensors. Where they shard the classes it is computed as with `shard`; it returns
+    DTensors, and so are the gradients."""
+    signature = inspect.signature(function)
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if "torch.distributed.tensor" in sys.modules:  # else there are none
+            from torch.distributed.tensor import DTensor
+
+            if any(isinstance(t, DTensor) for t in (*args, *kwargs.values())):
+                return _on_parts(function, signature.bind(*args, **kwargs))
+        return function(*args, **kwargs)
+
+    return call  # type: ignore[return-value]
+
+
+def _on_parts(function: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
+    from torch.distributed.tensor import DTensor, Shard
+
+    # Options that a loss passes on (**options) are looked up with the rest.
+    given = {**bound.arguments, **bound.arguments.get("options", {})} if _passes_on(function) else bound.arguments
+    source = "linear_weight" if "linear_weight" in given else "input"
+    classes, input = given[source], given["input"]
+    if not isinstance(classes, DTensor) or not isinstance(input, DTensor):
+        raise RuntimeError(_PLAIN_BESIDE.format(function.__name__))
+    dims, mesh = _class_dims(function.__name__, given), classes.device_mesh
+    axes = [a for a, p in enumerate(classes.placements) if isinstance(p, Shard) and p.dim == dims[source]]
+    if len(axes) > 1:
+        raise NotImplementedError(f"{source}: expected classes sharded over one mesh dimension, got {classes._spec}")
+    shard = VocabShard.even(classes.shape[dims[source]], mesh.get_group(axes[0])) if axes else None
+    rows = [None if a in axes or not isinstance(p, Shard) else p.dim for a, p in enumerate(input.placements)]
+    _check_reduction(given, rows)
+    local: dict[str, Any] = {
+        name: _local(value, dims.get(name), axes, shard, rows if name in _HEADS else None)
+        for name, value in given.items()
+        if isinstance(value, Tensor)
+    }
+    if shard is not None:
+        local["shard"] = shard
+    second = source == "input" and dims["input"] == 1
+    result = function(**{**_keywords(function, bound), **local})
+    return _wrapped(result, mesh, [None if d is None else d - (d > 1 and second) for d in rows])
+
+
+_PLAIN_BESIDE = """{}: got a DTensor beside a plain tensor. Of a head that tensor parallelism shards, make the hidden \
+states a DTensor too (replicated), or pass shard=VocabShard.even(V, group) with linear_weight.to_local(). One that \
+FSDP has sharded must be whole: compute the loss in the forward of the module that it belongs to, or after \
+module.unshard(), or with module.set_reshard_after_forward(False)"""
+
+
+def _passes_on(function: Callable[..., Any]) -> bool:
+    parameters = inspect.signature(function).parameters.values()
+    return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+
+
+def _keywords(function: Callable[..., Any], bound: inspect.BoundArguments) -> dict[str, Any]:
+    given = dict(bound.arguments)
+    return {**given, **given.pop("options", {})} if _passes_on(function) else given
+
+
+def _class_dims(name: str, given: dict[str, Any]) -> dict[str, int]:
+    """Which dimension of which argument is that of the classes."""
+    input, target = given["input"], given.get("target")
+    soft = isinstance(target, Tensor) and target.is_floating_point()
+    if "linear_weight" in given:
+        return {**dict.fromkeys((*_HEADS, "weight"), 0), **({"target": input.dim() - 1} if soft else {})}
+    at = min(1, input.dim() - 1) if name == "cross_entropy" else input.dim() - 1
+    return {"input": at, "target_logits": at, "weight": 0, **({"target": at} if soft else {})}
+
+
+def _check_reduction(given: dict[str, Any], rows: list[int | None]) -> None:
+    mean = given.get("reduction", "mean") in ("mean", "batchmean") and given.get("normalizer") is None
+    if mean and any(d is not None for d in rows) and "index" not in given:
+        raise NotImplementedError(
+            "reduction: expected 'sum' or 'none', or a normalizer, of rows that are sharded over a mesh dimension, got "
+            "'mean'"
+        )
+
+
+def _local(
+    value: Tensor, dim: int | None, axes: list[int], shard: VocabShard | None, rows: list[int | None] | None
+) -> Tensor:
+    """What this rank has of a tensor: of its class dimension, if it has one, the shard's part; over the vocabulary's
+    mesh dimension all of the rest. A head's gradient is summed over mesh dimensions that shard the rows."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+    if not isinstance(value, DTensor):
+        whole = shard is not None and dim is not None and value.shape[dim] == shard.vocab_size
+        return (
+            value.narrow(dim, shard.start, shard.stop - shard.start) if whole and shard and dim is not None else value
+        )
+    placements = [Replicate() if isinstance(p, Partial) else p for p in value.placements]
+    for axis in axes:
+        placements[axis] = Replicate() if dim is None else Shard(dim)
+    value = value.redistribute(placements=placements) if placements != list(value.placements) else value
+    if rows is None:
+        return value.to_local()
+    grads = [p if d is None else Partial() for p, d in zip(placements, rows, strict=True)]
+    return value.to_local(grad_placements=grads)
+
+
+def _wrapped(result: Any, mesh: Any, rows: list[int | None]) -> Any:
+    """DTensors of what a loss returns."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+    if isinstance(result, tuple):
+        parts = [_wrapped(t, mesh, rows) for t in result]
+        return type(result)(*parts) if hasattr(result, "_fields") else tuple(parts)
+    if not isinstance(result, Tensor):
+        return result
+    placements: list[Any] = [Replicate() if d is None else Shard(d) if result.dim() else Partial() for d in rows]
+    return DTensor.from_local(result, mesh, placements, run_check=False)
