@@ -384,7 +384,7 @@ def test_operators_are_torchs(generator):
     made = heads.Head(*head(31, H, torch.float32, generator))
     y = torch.randint(31, (16,), generator=generator)
     given = heads.LinearRows(Rows(heads.stand_in(made), y, None, make_spec()), made, None, 5)
-    flat = rows._flat(given)
+    flat = rows.flat(given)
     tests = ("test_schema", "test_faketensor")
     for needs in [True, True, True], [False, True, False]:
         torch.library.opcheck(torch.ops.fastloss.linear_loss, (*flat, None, torch.tensor(3.0), needs), test_utils=tests)
