@@ -25,6 +25,7 @@ LAYERS = [
     {"dense", "embeddings", "adaptive"},
     {"lm"},
     {"nn"},
+    {"integrations"},
     {""},
     {"doctor"},
     {"bench"},

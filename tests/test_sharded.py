@@ -12,6 +12,7 @@ from linear_calls import Call, assert_as_good_as_torch, results
 from ranks import Ranks, ranks
 from torch import Tensor
 
+import fastloss
 from fastloss import VocabShard
 
 ALL = {case.name: case for case in CASES + LOSS_CASES}
@@ -134,3 +135,62 @@ def test_linear_case(world, name, generator):
 def test_low_precision(world, dtype, generator):
     for name in ("index", "smoothing_weight", "probabilities", "reverse_kl", "js", "topk_tail", "log_probs"):
         check(world, ALL[name], 6, 131, dtype, "none", generator)
+
+
+def pairs_on_rank(name: str, options: dict[str, Any], cuts: list[int], upstream: Tensor | None) -> list[Tensor]:
+    rank, g = torch.distributed.get_rank(), torch.Generator().manual_seed(11)
+    part = slice(*cuts[rank : rank + 2])
+    query, key = (torch.randn(cuts[-1], 12, generator=g)[part].clone().requires_grad_() for _ in range(2))
+    temperature = torch.tensor(0.4, requires_grad=True)
+    if "token_weight" in options:
+        options["token_weight"] = options["token_weight"][part]
+    shard = VocabShard(part.start, part.stop, cuts[-1])
+    loss = getattr(fastloss, name)(query, key, temperature=temperature, shard=shard, **options)
+    loss.backward(torch.ones_like(loss) if upstream is None else upstream)
+    return [loss.detach(), query.grad, key.grad, temperature.grad]
+
+
+@pytest.mark.parametrize("name", ["info_nce", "linear_info_nce"])
+@pytest.mark.parametrize("options", [{}, {"symmetric": True, "label_smoothing": 0.1}, {"reduction": "none"}], ids=str)
+def test_contrast_over_the_batch_of_all_ranks(world, name, options, generator):
+    N = 9
+    options = {**options, "token_weight": torch.rand(N, generator=generator)}
+    upstream = torch.rand(N, generator=generator) if "reduction" in options else None
+    found = world.run(pairs_on_rank, name, options, cut(N, len(world.pipes), generator), upstream)
+    g = torch.Generator().manual_seed(11)
+    query, key = (torch.randn(N, 12, generator=g).requires_grad_() for _ in range(2))
+    temperature = torch.tensor(0.4, requires_grad=True)
+    want = fastloss.info_nce(query, key, temperature=temperature, **options)
+    want.backward(torch.ones_like(want) if upstream is None else upstream)
+    torch.testing.assert_close(found[0][0], want.detach())
+    torch.testing.assert_close(torch.cat([f[1] for f in found]), query.grad)
+    torch.testing.assert_close(torch.cat([f[2] for f in found]), key.grad)
+    torch.testing.assert_close(sum(f[3] for f in found), temperature.grad)
+
+
+def summarised_on_rank(cuts: list[int]) -> list[Tensor]:
+    rank, V = torch.distributed.get_rank(), cuts[-1]
+    x, *rest = pointer_arguments(V)
+    part = slice(*cuts[rank : rank + 2])
+    x = x[..., part].clone().requires_grad_()
+    loss = fastloss.pointer_generator_nll(x, *rest, shard=VocabShard(part.start, part.stop, V))
+    loss.backward()
+    return [loss.detach(), x.grad]
+
+
+def pointer_arguments(V: int) -> list[Tensor]:
+    g = torch.Generator().manual_seed(5)
+    attention = torch.rand(2, 3, 6, generator=g).softmax(-1)
+    source, target = torch.randint(V + 3, (2, 6), generator=g), torch.randint(V, (2, 3), generator=g)
+    target[0, 0], target[1, 1] = -100, source[1, 2]
+    return [torch.randn(2, 3, V, generator=g), torch.randn(2, 3, generator=g), attention, source, target]
+
+
+def test_pointer_generator(world, generator):
+    x, *rest = pointer_arguments(31)
+    x.requires_grad_()
+    want = fastloss.pointer_generator_nll(x, *rest)
+    want.backward()
+    found = world.run(summarised_on_rank, cut(31, len(world.pipes), generator))
+    torch.testing.assert_close(found[0][0], want.detach())
+    torch.testing.assert_close(torch.cat([f[1] for f in found], -1), x.grad)

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from .linear import MAX_CHUNK_BYTES, linear_cross_entropy
 from .losses import cross_entropy
+from .parallel import VocabShard
+from .parallel.batch import all_rows
 
 
 def info_nce(
@@ -22,6 +24,7 @@ def info_nce(
     token_weight: Tensor | None = None,
     reduction: str = "mean",
     out_dtype: torch.dtype | None = None,
+    shard: VocabShard | None = None,
 ) -> Tensor:
     r"""``F.cross_entropy(normalize(query) @ normalize(key).T / temperature, arange(N))``
 
@@ -37,33 +40,42 @@ def info_nce(
         label_smoothing, out_dtype: as in `cross_entropy`.
         token_weight: (N,) multiplies each pair's loss, and counts in the mean's denominator.
         reduction: "none", "mean" or "sum".
+        shard: a `VocabShard` of the batch of all ranks: pairs [start, stop) of vocab_size are this one's, and every
+            query meets the keys of all. The loss is the whole batch's, on every rank; gradients of this rank's query
+            and key are those of that loss, so that data-parallel averaging of parameters' gradients must become a sum.
+            Not with `negatives`.
 
     Returns:
-        A scalar, or with reduction="none" (N,).
+        A scalar, or with reduction="none" (N,), of all ranks' rows.
 
     Raises:
         ValueError, RuntimeError, TypeError: naming the argument.
 
     Memory: the (N, N + M) similarities and their gradient.
     """
-    query, key, negatives, scale = _pairs(query, key, negatives, temperature, symmetric, normalize)
-    logits = query @ (key if negatives is None else torch.cat([key, negatives])).T
-    if isinstance(temperature, Tensor):
-        logits = logits / temperature
-    labels = torch.arange(len(query), device=query.device)
+    query, key, negatives, scale = _pairs(query, key, negatives, temperature, symmetric, normalize, shard)
+    labels, weights = _of_batch(query, token_weight, shard)
 
-    def loss(similarities: Tensor) -> Tensor:
+    def similarities(rows: Tensor, classes: Tensor) -> Tensor:
+        logits = (rows if shard is None else all_rows(rows, shard, False)) @ classes.T
+        return logits / temperature if isinstance(temperature, Tensor) else logits
+
+    def loss(logits: Tensor) -> Tensor:
         return cross_entropy(
-            similarities,
+            logits,
             labels,
             reduction=reduction,
             label_smoothing=label_smoothing,
             logit_scale=scale,
-            token_weight=token_weight,
+            token_weight=weights,
             out_dtype=out_dtype,
+            shard=shard,
         )
 
-    return (loss(logits) + loss(logits.T)) / 2 if symmetric else loss(logits)
+    logits = similarities(query, key if negatives is None else torch.cat([key, negatives]))
+    if not symmetric:
+        return loss(logits)
+    return (loss(logits) + loss(logits.T if shard is None else similarities(key, query))) / 2
 
 
 def linear_info_nce(
@@ -79,6 +91,7 @@ def linear_info_nce(
     reduction: str = "mean",
     out_dtype: torch.dtype | None = None,
     max_chunk_bytes: int = MAX_CHUNK_BYTES,
+    shard: VocabShard | None = None,
 ) -> Tensor:
     r"""``F.cross_entropy(normalize(query) @ normalize(key).T / temperature, arange(N))``
 
@@ -88,23 +101,24 @@ def linear_info_nce(
 
     Memory: gradients of query and keys, and max_chunk_bytes.
     """
-    query, key, negatives, scale = _pairs(query, key, negatives, temperature, symmetric, normalize)
+    query, key, negatives, scale = _pairs(query, key, negatives, temperature, symmetric, normalize, shard)
     if isinstance(temperature, Tensor):  # which may be learned: over the keys, it reaches every similarity
         key = (key / temperature).to(key.dtype)
         negatives = None if negatives is None else (negatives / temperature).to(key.dtype)
-    labels = torch.arange(len(query), device=query.device)
+    labels, weights = _of_batch(query, token_weight, shard)
 
     def loss(rows: Tensor, classes: Tensor) -> Tensor:
         return linear_cross_entropy(
-            rows,
+            rows if shard is None else all_rows(rows, shard, True),
             classes,
             labels,
             reduction=reduction,
             label_smoothing=label_smoothing,
             logit_scale=scale,
-            token_weight=token_weight,
+            token_weight=weights,
             out_dtype=out_dtype,
             max_chunk_bytes=max_chunk_bytes,
+            shard=shard,
         )
 
     one = loss(query, key if negatives is None else torch.cat([key, negatives]))
@@ -112,7 +126,13 @@ def linear_info_nce(
 
 
 def _pairs(
-    query: Tensor, key: Tensor, negatives: Tensor | None, temperature: float | Tensor, symmetric: bool, normalize: bool
+    query: Tensor,
+    key: Tensor,
+    negatives: Tensor | None,
+    temperature: float | Tensor,
+    symmetric: bool,
+    normalize: bool,
+    shard: VocabShard | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, float]:
     """Checked, of length one if asked for, and what the similarities must be multiplied by (a tensor not yet)."""
     for name, x in (("query", query), ("key", key), ("negatives", negatives)):
@@ -121,6 +141,8 @@ def _pairs(
             raise ValueError(f"{name}: expected a Tensor of shape (N, D) like query, got {got}")
     if key.shape != query.shape:
         raise ValueError(f"key: expected query's shape {tuple(query.shape)}, got {tuple(key.shape)}")
+    if shard is not None and negatives is not None:
+        raise ValueError("negatives: expected None with shard, whose keys are those of all ranks")
     if symmetric and negatives is not None:
         raise ValueError("negatives: expected None with symmetric=True, whose keys are queries too")
     if not isinstance(temperature, Tensor) and not temperature > 0:
@@ -129,3 +151,11 @@ def _pairs(
         query, key = F.normalize(query, dim=-1), F.normalize(key, dim=-1)
         negatives = None if negatives is None else F.normalize(negatives, dim=-1)
     return query, key, negatives, 1.0 if isinstance(temperature, Tensor) else 1.0 / temperature
+
+
+def _of_batch(query: Tensor, token_weight: Tensor | None, shard: VocabShard | None) -> tuple[Tensor, Tensor | None]:
+    """Which key is each query's own, and the pairs' weights; of the batch of all ranks."""
+    labels = torch.arange(len(query) if shard is None else shard.vocab_size, device=query.device)
+    if shard is None or token_weight is None:
+        return labels, token_weight
+    return labels, all_rows(token_weight, shard, True)
