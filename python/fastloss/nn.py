@@ -11,6 +11,7 @@ from torch import Tensor
 from .dense import kl_div
 from .linear import linear_cross_entropy
 from .losses import cross_entropy
+from .parallel import VocabShard
 
 # What a module of hidden states takes beyond torch's, and hands on.
 _LINEAR_OPTIONS = {"z_loss", "softcap", "logit_scale", "out_dtype", "return_stats", "max_chunk_bytes"}
@@ -19,8 +20,8 @@ _LINEAR_OPTIONS = {"z_loss", "softcap", "logit_scale", "out_dtype", "return_stat
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     """``torch.nn.CrossEntropyLoss(weight, size_average, ignore_index, reduce, reduction, label_smoothing)``
 
-    with the same arguments, state and pickles, and the keyword arguments of `fastloss.cross_entropy`; `token_weight`
-    and `normalizer` belong to a batch and go to ``forward``.
+    with the same arguments, state and pickles, and the keyword arguments of `fastloss.cross_entropy`; `token_weight`,
+    `normalizer` and `shard` go to ``forward``.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         *,
         token_weight: Tensor | None = None,
         normalizer: Tensor | float | None = None,
+        shard: VocabShard | None = None,
     ) -> Any:
         """See `fastloss.cross_entropy`: a Tensor, or with return_stats (Tensor, CrossEntropyStats)."""
         return cross_entropy(  # type: ignore[call-overload,misc]
@@ -71,6 +73,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             out_dtype=self.out_dtype,
             inplace=self.inplace,
             return_stats=self.return_stats,
+            shard=shard,
         )
 
 
@@ -78,7 +81,7 @@ class LinearCrossEntropyLoss(torch.nn.modules.loss._WeightedLoss):
     """``torch.nn.LinearCrossEntropyLoss(in_features, num_classes, out_features=(), bias=False, ...)`` of torch 2.13
 
     with the same arguments, parameters (``linear.weight``, ``linear.bias``) and state, and the keyword arguments of
-    `fastloss.linear_cross_entropy`; `token_weight` and `normalizer` belong to a batch and go to ``forward``.
+    `fastloss.linear_cross_entropy`; `token_weight`, `normalizer` and `shard` go to ``forward``.
     """
 
     def __init__(
@@ -117,6 +120,7 @@ class LinearCrossEntropyLoss(torch.nn.modules.loss._WeightedLoss):
         *,
         token_weight: Tensor | None = None,
         normalizer: Tensor | float | None = None,
+        shard: VocabShard | None = None,
     ) -> Any:
         """See `fastloss.linear_cross_entropy`: a Tensor, or with return_stats (Tensor, CrossEntropyStats)."""
         shape, bias = (self.num_classes, *self.out_features), self.linear.bias
@@ -132,6 +136,7 @@ class LinearCrossEntropyLoss(torch.nn.modules.loss._WeightedLoss):
             options=self.options,
             token_weight=token_weight,
             normalizer=normalizer,
+            shard=shard,
             **self.more,
         )
 

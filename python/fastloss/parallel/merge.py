@@ -94,9 +94,9 @@ def placed(rows: Rows, part: Part) -> tuple[Tensor, Tensor, Tensor]:
 def _nothing(rows: Rows) -> PartLoss:
     """Of a part without classes."""
     N, K = len(rows.input), 0 if rows.probs is None else rows.probs.shape[1]
-    zeros = rows.input.new_zeros((N, K + 1), dtype=rows.compute_dtype)
-    zero, none = zeros[:, K], zeros[:, K] - torch.inf
-    return PartLoss(zero, torch.stack([none, zero, none, zero, none]), zero, none, zeros[:, :K])
+    logits = rows.input.new_full((N, K + 1), -torch.inf, dtype=rows.compute_dtype)
+    none, zero = logits[:, K], torch.zeros_like(logits[:, K])
+    return PartLoss(zero, torch.stack([none, zero, none, zero, none]), zero, none, logits[:, :K])
 
 
 # ---- what a part contributes ----------------------------------------------------------------------------------------

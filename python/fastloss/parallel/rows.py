@@ -134,16 +134,18 @@ class Sharded(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor | None) -> Any:
         refuse_formula(*upstream)
         (input,), rows_over, whole = saved(ctx, 1)
-        size = ctx.part.size
+        size, nothing = ctx.part.size, [None] * 7
         grad = input.detach() if ctx.inplace else torch.empty_like(input)
         if size:
             row_grad = lambda local, stats, g: call_row_grad(local, stats, g, grad[:, :size])  # noqa: E731
-            gradients(*rows_over(input[:, :size].detach()), ctx.part, whole, upstream, row_grad)
+            made = gradients(*rows_over(input[:, :size].detach()), ctx.part, whole, upstream, row_grad)
+            if torch.compiler.is_compiling():  # operators return what they make
+                return torch.nn.functional.pad(made, (0, input.shape[1] - size)), *nothing
         if size < input.shape[1]:
             grad[:, size:] = 0
         if ctx.inplace:
             torch.autograd.graph.increment_version(input)
-        return grad, *([None] * 7)
+        return grad, *nothing
 
 
 def _compute(local: Rows, extras: bool, picks: bool, whole: Tensor | None) -> PartLoss:
