@@ -13,7 +13,7 @@ from .linear import linear_cross_entropy
 from .losses import cross_entropy
 
 # What a module of hidden states takes beyond torch's, and hands on.
-_LINEAR_OPTIONS = {"z_loss", "softcap", "logit_scale", "out_dtype", "return_stats", "max_chunk_bytes"}
+_LINEAR_OPTIONS = {"z_loss", "softcap", "logit_scale", "out_dtype", "return_stats", "max_chunk_bytes", "filter_eps"}
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):

@@ -18,7 +18,7 @@ class Backend(NamedTuple):
     """Functions that compute `spec.Rows`: reference.row_loss and row_grad, native.row_loss_grad say how. The last, loss
     and gradient in one pass, may be missing. With `rescale` the upstream gradient of a reduced loss is read on the
     device; without it, on the host. `matmul` and `logits_dtype` make logits from hidden
-    states: products.py says how; where it `takes_head`, `head_loss` needs none in memory."""
+    states: products.py says how; where it `takes_head`, `head_loss` and `head_grad` need none in memory."""
 
     name: str
     runs_on: str
@@ -32,6 +32,7 @@ class Backend(NamedTuple):
     logits_dtype: Callable[[torch.dtype, torch.dtype], torch.dtype] = products.logits_dtype
     takes_head: Callable[..., bool] | None = None
     head_loss: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None
+    head_grad: Callable[..., device.Tiles | None] | None = None
 
 
 def _on_device(
@@ -53,6 +54,7 @@ def _on_device(
         lazily(device.rescale),
         takes_head=lazily(device.takes_head),
         head_loss=lazily(device.head_loss),
+        head_grad=lazily(device.head_grad),
     )
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..backends import Backend, choose_for, native
+from ..backends.device import Tiles
 from ..reduction import reduce_rows, valid_rows
 from ..spec import COMPUTE_DTYPE, Reduction, Rows
 
@@ -46,12 +47,14 @@ class Head(NamedTuple):
 
 class LinearRows(NamedTuple):
     """Rows whose logits, and with a teacher whose target logits, come from heads. `rows` describes them: in place of
-    logits it has one number in their shape. At most `limit` rows' logits exist at once."""
+    logits it has one number in their shape. At most `limit` rows' logits exist at once. What of their gradient is
+    smaller than `filter_eps` may be left out."""
 
     rows: Rows
     head: Head
     teacher: Head | None
     limit: int
+    filter_eps: float = 0.0
 
     def materialised(self) -> Rows:
         """The rows with all their logits, for the reference alone."""
@@ -97,15 +100,16 @@ class HeadGrads:
         )
         self.needs = needs
 
-    def add(self, where: slice | Tensor, hidden: Tensor, dlogits: Tensor) -> None:
-        """What one chunk's rows contribute, from the gradient of their logits."""
+    def add(self, where: slice | Tensor, hidden: Tensor, dlogits: Tensor, tiles: Tiles | None = None) -> None:
+        """What one chunk's rows contribute, from the gradient of their logits, or from those `tiles` of it."""
+        matmul, matmul_t = (self.matmul, self.matmul) if tiles is None else (tiles.matmul, tiles.t().matmul)
         if self.needs[0]:
             part = self.hidden[where] if isinstance(where, slice) else self.hidden.new_empty(hidden.shape)
-            self.matmul(dlogits, self.head.weight, part)
+            matmul(dlogits, self.head.weight, part)
             if isinstance(where, Tensor):
                 self.hidden[where] = part
         if self.needs[1]:
-            self.matmul(dlogits.t(), hidden, self.weight, self.started)
+            matmul_t(dlogits.t(), hidden, self.weight, self.started)
         if self.needs[2]:
             total = dlogits.sum(0, dtype=self.bias.dtype)
             self.bias = self.bias + total if self.started else total
@@ -137,8 +141,10 @@ class Chunk(NamedTuple):
         return None if vector is None else vector[self.where]
 
 
-def chunks(given: LinearRows, backend: Backend, skipped: Tensor | None = None) -> Iterator[Chunk]:
-    """The rows that are not skipped, in equal parts."""
+def chunks(
+    given: LinearRows, backend: Backend, skipped: Tensor | None = None, filled: bool = True
+) -> Iterator[Chunk]:
+    """The rows that are not skipped, in equal parts; not `filled`, there is only memory for their logits."""
     rows, head, teacher = given.rows, given.head, given.teacher
     _check_indices(rows)
     index = None if skipped is None else (~skipped).nonzero()[:, 0]
@@ -152,7 +158,7 @@ def chunks(given: LinearRows, backend: Backend, skipped: Tensor | None = None) -
         where: slice | Tensor = slice(begin, min(begin + size, N))
         where = where if index is None else index[where]
         hidden = head.hidden[where]
-        logits = _fill(buffer, hidden, head, backend)
+        logits = _fill(buffer, hidden, head, backend) if filled else buffer[: hidden.shape[0]]
         if teacher is None or target_buffer is None:
             target = rows.target[where]
         else:
@@ -218,6 +224,10 @@ def loss_and_grads(given: LinearRows, to: Reduction, needs: list[bool]) -> tuple
     # A probability over the number of tokens is next to nothing in float16: what is summed in float32 is divided then.
     half = backend.logits_dtype(given.head.hidden.dtype, given.head.weight.dtype) == torch.float16
     normalizer, divisor = (None, to.normalizer) if half else (to.normalizer, None)
+    if wanted and given.filter_eps > 0 and _on_chip(given, backend):
+        loss, stats, *_ = row_loss(given, False)
+        upstream = _upstream(loss, to._replace(normalizer=normalizer))
+        return reduce_rows(loss, rows, to), row_grads(given, stats, [upstream, None, None, None], needs, divisor)
     for chunk in chunks(given, backend, skipped):
         part = to._replace(token_weight=chunk.of(to.token_weight), normalizer=normalizer)
         total += _chunk_loss(backend, chunk.rows, part, wanted)
@@ -236,10 +246,14 @@ def _chunk_loss(backend: Backend, rows: Rows, to: Reduction, overwrite: bool) ->
         return backend.row_loss_grad(rows, to, 1.0, overwrite, out)[0]
     loss, stats, *_ = backend.row_loss(rows, False)
     if overwrite:
-        upstream = torch.ones_like(loss) if to.token_weight is None else to.token_weight
-        upstream = upstream if to.normalizer is None else upstream / to.normalizer
-        backend.row_grad(rows, stats, [upstream, None, None, None], out)
+        backend.row_grad(rows, stats, [_upstream(loss, to), None, None, None], out)
     return reduce_rows(loss, rows, to)
+
+
+def _upstream(loss: Tensor, to: Reduction) -> Tensor:
+    """What the reduced loss gives to losses (N,)."""
+    upstream = torch.ones_like(loss) if to.token_weight is None else to.token_weight
+    return upstream if to.normalizer is None else upstream / to.normalizer
 
 
 def _on_chip(given: LinearRows, backend: Backend) -> bool:
@@ -272,15 +286,26 @@ def row_loss(given: LinearRows, extras: bool) -> list[Tensor]:
     return out
 
 
-def row_grads(given: LinearRows, stats: Tensor, upstream: list[Tensor | None], needs: list[bool]) -> list[Tensor]:
-    """What losses and statistics give to the head, for their upstream gradients (N,)."""
-    backend, rows = given.backend(), given.rows
+def row_grads(
+    given: LinearRows,
+    stats: Tensor,
+    upstream: list[Tensor | None],
+    needs: list[bool],
+    divisor: Tensor | None = None,
+) -> list[Tensor]:
+    """What losses and statistics give to the head, for their upstream gradients (N,), over a divisor."""
+    backend, rows, on_chip = given.backend(), given.rows, _on_chip(given, given.backend())
     others = any(g is not None for g in upstream[1:])
     skipped = None if others else without_effect(rows, upstream[0])
     grads = HeadGrads(given.head, needs, backend.matmul)
-    for chunk in chunks(given, backend, skipped):
-        backend.row_grad(
-            chunk.rows, stats[:, chunk.where].contiguous(), [chunk.of(g) for g in upstream], chunk.rows.input
-        )
-        grads.add(chunk.where, chunk.hidden, chunk.rows.input)
-    return grads.result(skipped)
+    for chunk in chunks(given, backend, skipped, not on_chip):
+        dlogits, tiles = chunk.rows.input, None
+        args = stats[:, chunk.where].contiguous(), [chunk.of(g) for g in upstream], dlogits
+        if on_chip:
+            assert backend.head_grad is not None
+            _, weight, bias = given.head
+            tiles = backend.head_grad(chunk.rows, chunk.hidden, weight, bias, *args, given.filter_eps)
+        else:
+            backend.row_grad(chunk.rows, *args)
+        grads.add(chunk.where, chunk.hidden, dlogits, tiles)
+    return grads.result(skipped, divisor)
