@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import cases
 import pytest
+import test_triton_head_grads
 import test_triton_heads
 import torch
 from cases import CASES, DTYPES, LOSS_CASES, SHAPES
@@ -90,6 +91,13 @@ def test_heads(engine, options, generator):
     as if they were integers: those are executed as PTX only."""
     for N, V, H in (5, 2100, 40), (3, 130, 77), (70, 33, 16):
         test_triton_heads.check(N, V, H, torch.float16, generator, **test_triton_heads.OPTIONS[options])
+
+
+@pytest.mark.parametrize("options", test_triton_heads.OPTIONS)
+def test_head_gradients(engine, options, generator):
+    given = test_triton_heads.OPTIONS[options]
+    test_triton_head_grads.check(70, 300, 77, torch.float16, generator, "none", **given)
+    test_triton_head_grads.check(200, 260, 16, torch.float16, generator, "mean", filter_eps=1e-7, **given)
 
 
 @pytest.mark.parametrize("case", CASES[::2], ids=lambda case: case.name)

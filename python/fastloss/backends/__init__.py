@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..spec import Objective, Rows
+from ..spec import Objective, Rows, Spec
 from . import cuda, device, native, products, reference, triton
 
 
@@ -141,12 +141,13 @@ def refusals(
 def explain(input: Tensor, target: Tensor, objective: str | None = None, *, linear_weight: Tensor | None = None) -> str:
     """Which backend would compute a loss of these tensors, and why the others would not, as a small table. `objective`:
     "index", "probs", "topk", "topk_tail", "forward_kl", "reverse_kl" or "js"; by default a cross-entropy. With
-    `linear_weight`, `input` is hidden states, and a line says who would make their logits."""
+    `linear_weight`, `input` is hidden states, and two lines say who makes their logits and what filter_eps does."""
     name = ("probs" if target.is_floating_point() else "index") if objective is None else objective
     if name.upper() not in Objective.__members__:
         known = ", ".join(member.lower() for member in Objective.__members__)
         raise ValueError(f"objective: expected one of {known}, got {objective!r}")
-    reasons = refusals(input.device, input.dtype, target.dtype, Objective[name.upper()])
+    asked = Objective[name.upper()]
+    reasons = refusals(input.device, input.dtype, target.dtype, asked)
     chosen = next((name for name, reason in reasons.items() if reason is None), None)
     lines = [
         f"{'->' if name == chosen else '  '} {name:10s} {_status(name, reason, chosen)}"
@@ -158,6 +159,10 @@ def explain(input: Tensor, target: Tensor, objective: str | None = None, *, line
         lines.append(
             f"   logits     some rows at a time by {source.products_by}, in {str(dtype).removeprefix('torch.')}"
         )
+        rows = Rows(input, target, None, Spec(objective=asked))
+        filters = source.takes_head is not None and source.takes_head(rows, input, linear_weight)
+        effect = "leaves out tiles of the gradient that are small" if filters else "no effect: the gradient is exact"
+        lines.append(f"   filter_eps {effect}")
     return "\n".join(lines)
 
 

@@ -109,13 +109,12 @@ def linear_cross_entropy(
         z_loss, softcap, logit_scale, token_weight, normalizer, out_dtype, return_stats: as in `cross_entropy`.
         max_chunk_bytes: logits that may exist at once; one row's always may. Packed operands of the products take a few
             MiB more.
-        filter_eps: leaves out what of the logits' gradient is small (gradient filtering: Wijmans et al. 2024,
-            arXiv:2411.09009, section 4.3; there 2**-12 for bfloat16). A tile of 128 rows x 128 classes (64 x 128 with
-            softcap or label smoothing) of which every |softmax - target| is below filter_eps counts as zero, and its
-            share of the two products is not computed: no entry of the logits' gradient is off by as much as
-            filter_eps times the upstream gradient of its row's loss (with return_stats the sum of the absolute ones).
-            On the `triton` backend, of class indices and 16-bit input and linear_weight; all else has the exact
-            gradient, as has 0.
+        filter_eps: gradient filtering (Wijmans et al. 2024, arXiv:2411.09009, section 4.3, with 2**-12 for bfloat16).
+            A tile of rows x classes of which every |softmax - target| is smaller counts as zero, and its part of the
+            gradients' products is not computed. No entry of the logits' gradient is off by as much as filter_eps times
+            the upstream gradient of its row (with several of a row, their absolute sum). On the `triton` backend, of
+            class indices, 16-bit input and linear_weight; elsewhere, as with 0, the gradient is exact
+            (`fastloss.explain` says which).
 
     Returns:
         The loss: a scalar, or with reduction="none" of the class indices' shape. With return_stats, (loss, stats).

@@ -141,9 +141,7 @@ class Chunk(NamedTuple):
         return None if vector is None else vector[self.where]
 
 
-def chunks(
-    given: LinearRows, backend: Backend, skipped: Tensor | None = None, filled: bool = True
-) -> Iterator[Chunk]:
+def chunks(given: LinearRows, backend: Backend, skipped: Tensor | None = None, filled: bool = True) -> Iterator[Chunk]:
     """The rows that are not skipped, in equal parts; not `filled`, there is only memory for their logits."""
     rows, head, teacher = given.rows, given.head, given.teacher
     _check_indices(rows)

@@ -32,7 +32,8 @@ from .heads import Head, LinearRows
 
 _HEAD = "Tensor hidden, Tensor head_weight, Tensor? head_bias"
 _TEACHER = "Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias"
-_SCHEMA = f"{_HEAD}, Tensor? target, {_TEACHER}, Tensor? weight, Tensor? probs, {SPEC_SCHEMA}, int limit, float filter_eps"
+_NUMBERS = f"{SPEC_SCHEMA}, int limit, float filter_eps"
+_SCHEMA = f"{_HEAD}, Tensor? target, {_TEACHER}, Tensor? weight, Tensor? probs, {_NUMBERS}"
 library.define(
     f"linear_loss({_SCHEMA}, Tensor? token_weight, Tensor? normalizer, bool[] needs) "
     "-> (Tensor, Tensor, Tensor, Tensor)"

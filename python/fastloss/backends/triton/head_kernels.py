@@ -87,6 +87,26 @@ def head_states(
     tl.store(states + 6, z_y, mask=here)
 
 
+@triton.jit
+def gradient(
+    z, columns, y, V, weight, classes, eps, centre, log_sum, log_p, A, E, B, C, softcap, logit_scale,
+    F: tl.constexpr, GENERAL: tl.constexpr,
+):  # fmt: skip
+    """Of a tile of logits, from its rows' statistics and coefficients. The target's own entry, where A p and B nearly
+    cancel, is made from the log-probability."""
+    own, unit = columns[None, :] == y[:, None], unit_of(softcap, logit_scale)
+    r = tl.where(own, (log_p + log_sum)[:, None], z * unit - centre[:, None])
+    p = tl.exp2(tl.where(own, log_p[:, None], r - log_sum[:, None]) * LOG2E)
+    dx = A[:, None] * p
+    if GENERAL:
+        w = weights(weight, None, columns, V, classes, eps, F)
+        dx += E[:, None] * tl.where(p > 0, r, 0.0) * p - C[:, None] * w[None, :]
+    dx -= tl.where(own, B[:, None], 0.0)
+    if GENERAL:
+        dx = slope(dx, z, softcap)
+    return dx
+
+
 @kernel
 def head_grad(
     hidden, hidden_stride: tl.int64, head, head_stride: tl.int64, bias, target, weight, V, N: tl.int64, H,
@@ -98,8 +118,9 @@ def head_grad(
     GENERAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, VECTOR: tl.constexpr,
     GRAD_VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Grid (N / ROWS, V / COLUMNS). The gradient of a tile of logits, from its rows' statistics as row_grad has it. With
-    `kept` (grid) a tile whose every entry is smaller than filter_eps times its row's upstream gradients is zero."""
+    """Grid (N / ROWS, V / COLUMNS). The gradient of a tile of logits, from its rows' statistics as row_grad has it.
+    With `kept` (grid) a tile whose every entry is smaller than filter_eps times its row's upstream gradients is zero.
+    """
     F: tl.constexpr = stats.dtype.element_ty
     row, columns = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     here, columns = row < N, tl.program_id(1) * COLUMNS + columns
@@ -119,32 +140,25 @@ def head_grad(
             tl.store(kept + flag, 0)
         return
     eps, k, cap, scale = number(label_smoothing, F), number(z_loss, F), number(softcap, F), number(logit_scale, F)
-    classes, unit, w_y, H = V.to(F), unit_of(cap, scale), at(weight, y, 1.0, F), H // VECTOR * VECTOR
-    centre, log_sum = tl.load(stats + i), tl.load(stats + N + i)
-    log_p, mass, mean = tl.load(stats + 2 * N + i), w_y + tl.zeros_like(centre), tl.zeros_like(centre)
+    centre, log_sum, log_p = tl.load(stats + i), tl.load(stats + N + i), tl.load(stats + 2 * N + i)
+    w_y, mean = at(weight, y, 1.0, F) + tl.zeros_like(centre), tl.zeros_like(centre)
+    mass, classes, H = w_y, V.to(F), H // VECTOR * VECTOR
     if GENERAL:
         mass, mean = tl.load(stats + 3 * N + i), tl.load(stats + 4 * N + i)
     A, E, B, C = coefficients(
         mass, centre + log_sum, log_sum, mean, w_y, eps, k, classes,
         up * scale, up_lse * scale, up_log_prob * scale, up_entropy * scale, False,
     )  # fmt: skip
-
     hidden += row[:, None] * (hidden_stride // VECTOR * VECTOR)
     across = head + columns[None, :].to(tl.int64) * (head_stride // VECTOR * VECTOR)
     z = product(hidden, across, bias, here, columns, V, H, cap, scale, F, GENERAL, ROWS, COLUMNS, DEPTH)
-    own = columns[None, :] == y[:, None]  # what the target adds counts in rows that are not ignored: B is zero there
-    r = tl.where(own, (log_p + log_sum)[:, None], z * unit - centre[:, None])
-    p = tl.exp2(tl.where(own, log_p[:, None], r - log_sum[:, None]) * LOG2E)
-    dx = A[:, None] * p
-    if GENERAL:
-        w = weights(weight, None, columns, V, classes, eps, F)
-        dx += E[:, None] * tl.where(p > 0, r, 0.0) * p - C[:, None] * w[None, :]
-    dx -= tl.where(own, B[:, None], 0.0)
-    if GENERAL:
-        dx = slope(dx, z, cap)
+    y = tl.where(ignored, -1, y)
+    dx = gradient(
+        z, columns, y, V, weight, classes, eps, centre, log_sum, log_p, A, E, B, C, cap, scale, F, GENERAL
+    )  # fmt: skip
     dx = tl.where((asked != 0)[:, None] & (columns < V)[None, :], dx, 0.0)
     if kept is not None:
-        small = (tl.abs(dx) < (number(filter_eps, F) * asked)[:, None]) | (dx == 0)  # neither is NaN
+        small = (tl.abs(dx) < (number(filter_eps, F) * asked)[:, None]) | (dx == 0)  # of NaN, neither
         some = tl.max(tl.max(1 - small.to(tl.int32), 1), 0)
         tl.store(kept + flag, some)
         dx = tl.where(some != 0, dx, 0.0)
@@ -176,8 +190,12 @@ def kept_product(
     grad_stride, other_stride = grad_stride // GRAD_VECTOR * GRAD_VECTOR, other_stride // VECTOR * VECTOR
     here, across = row < M, column < H
     z = tl.zeros((ROWS, COLUMNS), F)
+    tiles += line * most
+    tile = tl.load(tiles)
     for step in range(steps):
-        k = tl.load(tiles + line * most + step // STEPS) * TILE + step % STEPS * DEPTH + tl.arange(0, DEPTH)
+        k = tile * TILE + step % STEPS * DEPTH + tl.arange(0, DEPTH)
+        # The next step's already: the loads of operands, which are issued ahead, wait for no other.
+        tile = tl.load(tiles + tl.minimum((step + 1) // STEPS, most - 1))
         if TRANSPOSED:
             a = grad + k[None, :].to(tl.int64) * grad_stride + row[:, None]
         else:
