@@ -229,3 +229,13 @@ def test_elsewhere_the_gradient_is_exact(generator):
 
     found = [gradients(given[:2], loss(eps), [torch.ones(())]) for eps in (0.0, 0.5)]
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(0, 20, 8), (3, 20, 0)])
+def test_nothing_to_multiply(log, shape):  # noqa: F811
+    N, V, H = shape
+    hidden, weight = (torch.zeros(n, H, dtype=torch.bfloat16, requires_grad=True) for n in (N, V))
+    fastloss.linear_cross_entropy(
+        hidden, weight, torch.zeros(N, dtype=torch.int64), reduction="sum", filter_eps=EPS
+    ).backward()
+    assert hidden.grad.shape == (N, H) and weight.grad.shape == (V, H) and not weight.grad.any()

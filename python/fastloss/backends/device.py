@@ -48,7 +48,8 @@ class Tiles(NamedTuple):
     def matmul(self, grad: Tensor, other: Tensor, out: Tensor, add: bool = False) -> None:
         """See products.matmul; tiles of zero cost nothing."""
         other = other.detach() if other.stride(-1) == 1 else other.detach().contiguous()
-        self.product(grad, self, other, out, add)
+        if out.numel():
+            self.product(grad, self, other, out, add)
 
 
 class Kernels(NamedTuple):
@@ -152,7 +153,7 @@ def head_grad(
     assert kernels.head_grad is not None and kernels.head_tiles is not None and kernels.kept_product is not None
     loss, *others = (None if g is None else g.to(stats.dtype) for g in upstream)
     factors, tiles = Upstream(0.0 if loss is None else loss, *others), None
-    if filter_eps > 0:
+    if filter_eps > 0 and out.numel():
         size = kernels.head_tiles(rows, factors)
         shape = [-(-length // side) for length, side in zip(out.shape, size, strict=True)]
         tiles = Tiles(out.new_empty(shape, dtype=torch.int8), size, kernels.kept_product)

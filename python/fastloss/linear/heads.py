@@ -222,7 +222,7 @@ def loss_and_grads(given: LinearRows, to: Reduction, needs: list[bool]) -> tuple
     # A probability over the number of tokens is next to nothing in float16: what is summed in float32 is divided then.
     half = backend.logits_dtype(given.head.hidden.dtype, given.head.weight.dtype) == torch.float16
     normalizer, divisor = (None, to.normalizer) if half else (to.normalizer, None)
-    if wanted and given.filter_eps > 0 and _on_chip(given, backend):
+    if wanted and given.filter_eps > 0 and _on_chip(given, backend):  # four products, but two of them of few tiles
         loss, stats, *_ = row_loss(given, False)
         upstream = _upstream(loss, to._replace(normalizer=normalizer))
         return reduce_rows(loss, rows, to), row_grads(given, stats, [upstream, None, None, None], needs, divisor)
