@@ -112,9 +112,9 @@ def linear_cross_entropy(
         filter_eps: gradient filtering (Wijmans et al. 2024, arXiv:2411.09009, section 4.3, with 2**-12 for bfloat16).
             A tile of rows x classes of which every |softmax - target| is smaller counts as zero, and its part of the
             gradients' products is not computed. No entry of the logits' gradient is off by as much as filter_eps times
-            the upstream gradient of its row (with several of a row, their absolute sum). On the `triton` backend, of
-            class indices, 16-bit input and linear_weight; elsewhere, as with 0, the gradient is exact
-            (`fastloss.explain` says which).
+            the upstream gradient of its row (with several of a row, their absolute sum); docs/math.md measures what
+            that does to input's. On the `triton` backend, of class indices, 16-bit input and linear_weight; elsewhere,
+            as with 0, the gradient is exact (`fastloss.explain` says which).
 
     Returns:
         The loss: a scalar, or with reduction="none" of the class indices' shape. With return_stats, (loss, stats).
