@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import cases
 import pytest
+import test_triton_head_grads
 import test_triton_heads
 import torch
 from cases import CASES, DTYPES, LOSS_CASES, SHAPES
@@ -90,6 +91,12 @@ def test_heads(engine, options, generator):
     as if they were integers: those are executed as PTX only."""
     for N, V, H in (5, 2100, 40), (3, 130, 77), (70, 33, 16):
         test_triton_heads.check(N, V, H, torch.float16, generator, **test_triton_heads.OPTIONS[options])
+
+
+@pytest.mark.parametrize(("options", "reduction", "filter_eps"), [("bias", "none", 0.0), ("smoothing", "mean", 1e-7)])
+def test_head_gradients(engine, options, reduction, filter_eps, generator):
+    given = {**test_triton_heads.OPTIONS[options], "filter_eps": filter_eps}
+    test_triton_head_grads.check(70, 140, 21, torch.float16, generator, reduction, **given)
 
 
 @pytest.mark.parametrize("case", CASES[::2], ids=lambda case: case.name)

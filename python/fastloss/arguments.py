@@ -150,6 +150,13 @@ def classes_last(input: Tensor, name: str = "input") -> Tensor:
     return input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
 
 
+def check_filter_eps(filter_eps: float) -> float:
+    """Below what a gradient of logits may be left out."""
+    if not isinstance(filter_eps, (int, float)) or not 0 <= filter_eps < float("inf"):
+        raise ValueError(f"filter_eps: expected a finite number >= 0, got {filter_eps!r}")
+    return float(filter_eps)
+
+
 def check_linear(input: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "", positions: bool = False) -> None:
     """Hidden states (..., H) and a last layer (V, H), (V); with `positions` also (V, d1, ..., dK, H). `prefix` stands
     before the arguments' names."""

@@ -14,7 +14,7 @@ from .losses import cross_entropy
 from .parallel import VocabShard
 
 # What a module of hidden states takes beyond torch's, and hands on.
-_LINEAR_OPTIONS = {"z_loss", "softcap", "logit_scale", "out_dtype", "return_stats", "max_chunk_bytes"}
+_LINEAR_OPTIONS = {"z_loss", "softcap", "logit_scale", "out_dtype", "return_stats", "max_chunk_bytes", "filter_eps"}
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..spec import Objective, Rows
+from ..spec import Objective, Rows, Spec
 from . import cuda, device, native, products, reference, triton
 
 
@@ -18,8 +18,8 @@ class Backend(NamedTuple):
     """Functions that compute `spec.Rows`: reference.row_loss and row_grad, native.row_loss_grad say how. The last, loss
     and gradient in one pass, may be missing. With `rescale` the upstream gradient of a reduced loss is read on the
     device; without it, on the host. `matmul` and `logits_dtype` make logits from hidden states: products.py says how;
-    where it `takes_head`, `head_loss` needs none in memory. `in_parts`: rows may be part of a vocabulary, and their
-    gradient is made from the statistics of the whole."""
+    where it `takes_head`, `head_loss` and `head_grad` need none in memory. `in_parts`: rows may be some classes of all,
+    and their gradient is made from the statistics of the whole."""
 
     name: str
     runs_on: str
@@ -34,6 +34,7 @@ class Backend(NamedTuple):
     in_parts: bool = True
     takes_head: Callable[..., bool] | None = None
     head_loss: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None
+    head_grad: Callable[..., device.Tiles | None] | None = None
 
 
 def _on_device(
@@ -55,6 +56,7 @@ def _on_device(
         lazily(device.rescale),
         takes_head=lazily(device.takes_head),
         head_loss=lazily(device.head_loss),
+        head_grad=lazily(device.head_grad),
     )
 
 
@@ -143,12 +145,13 @@ def refusals(
 def explain(input: Tensor, target: Tensor, objective: str | None = None, *, linear_weight: Tensor | None = None) -> str:
     """Which backend would compute a loss of these tensors, and why the others would not, as a small table. `objective`:
     "index", "probs", "topk", "topk_tail", "forward_kl", "reverse_kl" or "js"; by default a cross-entropy. With
-    `linear_weight`, `input` is hidden states, and a line says who would make their logits."""
+    `linear_weight`, `input` is hidden states, and two lines say who makes their logits and what filter_eps does."""
     name = ("probs" if target.is_floating_point() else "index") if objective is None else objective
     if name.upper() not in Objective.__members__:
         known = ", ".join(member.lower() for member in Objective.__members__)
         raise ValueError(f"objective: expected one of {known}, got {objective!r}")
-    reasons = refusals(input.device, input.dtype, target.dtype, Objective[name.upper()])
+    asked = Objective[name.upper()]
+    reasons = refusals(input.device, input.dtype, target.dtype, asked)
     chosen = next((name for name, reason in reasons.items() if reason is None), None)
     lines = [
         f"{'->' if name == chosen else '  '} {name:10s} {_status(name, reason, chosen)}"
@@ -160,6 +163,10 @@ def explain(input: Tensor, target: Tensor, objective: str | None = None, *, line
         lines.append(
             f"   logits     some rows at a time by {source.products_by}, in {str(dtype).removeprefix('torch.')}"
         )
+        rows = Rows(input, target, None, Spec(objective=asked))
+        filters = source.takes_head is not None and source.takes_head(rows, input, linear_weight)
+        effect = "leaves out tiles of the gradient that are small" if filters else "no effect: the gradient is exact"
+        lines.append(f"   filter_eps {effect}")
     return "\n".join(lines)
 
 

@@ -33,6 +33,25 @@ class Upstream(NamedTuple):
     denominator: Tensor | None = None
 
 
+class Tiles(NamedTuple):
+    """Which tiles of a gradient of logits are not zero: `kept` (tiles down, tiles across), 1 or 0, of `size` each."""
+
+    kept: Tensor
+    size: tuple[int, int]
+    product: Callable[..., None]
+    transposed: bool = False
+
+    def t(self) -> Tiles:
+        """Of the gradient's transpose."""
+        return Tiles(self.kept.t(), self.size[::-1], self.product, not self.transposed)
+
+    def matmul(self, grad: Tensor, other: Tensor, out: Tensor, add: bool = False) -> None:
+        """See products.matmul; tiles of zero cost nothing."""
+        other = other.detach() if other.stride(-1) == 1 else other.detach().contiguous()
+        if out.numel():
+            self.product(grad, self, other, out, add)
+
+
 class Kernels(NamedTuple):
     """What a backend launches. Outputs are allocated by the caller; every row is written."""
 
@@ -55,6 +74,13 @@ class Kernels(NamedTuple):
     takes_head: Callable[[Rows, Tensor, Tensor], bool] | None = None
     # (rows, hidden, head, bias, loss, stats, argmax): row_stats of rows that have no logits in memory
     head_stats: Callable[..., None] | None = None
+    # (rows, upstream): the height and width of head_grad's tiles
+    head_tiles: Callable[[Rows, Upstream], tuple[int, int]] | None = None
+    # (rows, hidden, head, bias, stats, upstream, grad, kept or None, filter_eps): row_grad of such rows; `kept` says of
+    # which tiles an entry is not smaller than filter_eps times upstream, the others are zero
+    head_grad: Callable[..., None] | None = None
+    # (grad, tiles, other, out, add): out (M, H) = or += grad (M, K) @ other (K, H), by the tiles that are kept alone
+    kept_product: Callable[[Tensor, Tiles, Tensor, Tensor, bool], None] | None = None
 
 
 def _same_dtype(rows: Rows) -> Rows:
@@ -100,16 +126,47 @@ def head_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Losses, statistics and argmax of rows whose logits are never written."""
     assert kernels.head_stats is not None
-    hidden, head = (t if t.stride(-1) == 1 else t.contiguous() for t in (hidden, head))
-    target = rows.target.contiguous()
-    weight = None if rows.weight is None else rows.weight.detach().to(rows.compute_dtype).contiguous()
-    bias = None if bias is None else bias.detach().contiguous()
+    given = _readable_head(rows, hidden, head, bias)
     N, new, F = hidden.shape[0], hidden.new_empty, rows.compute_dtype
     loss, stats, argmax = new(N, dtype=F), new((STATS, N), dtype=F), new(N if extras else 0, dtype=torch.int64)
     if N:
-        given = rows._replace(target=target, weight=weight)
-        kernels.head_stats(given, hidden.detach(), head.detach(), bias, loss, stats, argmax if extras else None)
+        kernels.head_stats(*given, loss, stats, argmax if extras else None)
     return loss, stats, argmax
+
+
+def _readable_head(
+    rows: Rows, hidden: Tensor, head: Tensor, bias: Tensor | None
+) -> tuple[Rows, Tensor, Tensor, Tensor | None]:
+    """As the kernels take them."""
+    hidden, head = (t.detach() if t.stride(-1) == 1 else t.detach().contiguous() for t in (hidden, head))
+    weight = None if rows.weight is None else rows.weight.detach().to(rows.compute_dtype).contiguous()
+    bias = None if bias is None else bias.detach().contiguous()
+    return rows._replace(target=rows.target.contiguous(), weight=weight), hidden, head, bias
+
+
+def head_grad(
+    kernels: Kernels,
+    rows: Rows,
+    hidden: Tensor,
+    head: Tensor,
+    bias: Tensor | None,
+    stats: Tensor,
+    upstream: list[Tensor | None],
+    out: Tensor,
+    filter_eps: float,
+) -> Tiles | None:
+    """row_grad of rows whose logits are never written; and with filter_eps > 0 which tiles of it are not zero."""
+    assert kernels.head_grad is not None and kernels.head_tiles is not None and kernels.kept_product is not None
+    loss, *others = (None if g is None else g.to(stats.dtype) for g in upstream)
+    factors, tiles = Upstream(0.0 if loss is None else loss, *others), None
+    if filter_eps > 0 and out.numel():
+        size = kernels.head_tiles(rows, factors)
+        shape = [-(-length // side) for length, side in zip(out.shape, size, strict=True)]
+        tiles = Tiles(out.new_empty(shape, dtype=torch.int8), size, kernels.kept_product)
+    if out.numel():
+        given = _readable_head(rows, hidden, head, bias)
+        kernels.head_grad(*given, stats, factors, out, None if tiles is None else tiles.kept, filter_eps)
+    return tiles
 
 
 def row_grad(

@@ -40,6 +40,7 @@ def linear_cross_entropy(
     out_dtype: torch.dtype | None = ...,
     return_stats: Literal[True],
     max_chunk_bytes: int = ...,
+    filter_eps: float = ...,
     shard: VocabShard | None = ...,
 ) -> tuple[Tensor, CrossEntropyStats]: ...
 
@@ -64,6 +65,7 @@ def linear_cross_entropy(
     out_dtype: torch.dtype | None = ...,
     return_stats: Literal[False] = ...,
     max_chunk_bytes: int = ...,
+    filter_eps: float = ...,
     shard: VocabShard | None = ...,
 ) -> Tensor: ...
 
@@ -88,6 +90,7 @@ def linear_cross_entropy(
     out_dtype: torch.dtype | None = None,
     return_stats: bool = False,
     max_chunk_bytes: int = MAX_CHUNK_BYTES,
+    filter_eps: float = 0.0,
     shard: VocabShard | None = None,
 ) -> Tensor | tuple[Tensor, CrossEntropyStats]:
     r"""``F.cross_entropy(F.linear(input, linear_weight, linear_bias), target, weight, ...)``
@@ -111,6 +114,12 @@ def linear_cross_entropy(
         z_loss, softcap, logit_scale, token_weight, normalizer, out_dtype, return_stats: as in `cross_entropy`.
         max_chunk_bytes: logits that may exist at once; one row's always may. Packed operands of the products take a few
             MiB more.
+        filter_eps: gradient filtering (Wijmans et al. 2024, arXiv:2411.09009, section 4.3, with 2**-12 for bfloat16).
+            A tile of rows x classes of which every |softmax - target| is smaller counts as zero, and its part of the
+            gradients' products is not computed. No entry of the logits' gradient is off by as much as filter_eps times
+            the upstream gradient of its row (with several of a row, their absolute sum); docs/math.md measures what
+            that does to input's. On the `triton` backend, of class indices, 16-bit input and linear_weight; elsewhere,
+            as with 0, the gradient is exact (`fastloss.explain` says which).
         shard: a `VocabShard`, where each rank of a process group has some rows of the last layer. Hidden states are the
             same on all ranks, and so is their gradient, which is summed over them.
 
@@ -150,6 +159,7 @@ def linear_cross_entropy(
             out_dtype=out_dtype,
             return_stats=return_stats,
             max_chunk_bytes=max_chunk_bytes,
+            filter_eps=filter_eps,
             shard=shard,
         )
     if reduction not in REDUCTIONS:
@@ -173,9 +183,10 @@ def linear_cross_entropy(
     if normalizer is not None:
         normalizer = arguments.as_normalizer(normalizer, x, reduction)
     to = Reduction(reduction, token_weight, normalizer, arguments.loss_dtype(logits, target, weight, out_dtype))
+    filter_eps = arguments.check_filter_eps(filter_eps)
     limit = heads.rows_at_once(x, max_chunk_bytes, False, getattr(options, "batch_chunk_size", None))
     rows = Rows(x, y, weight, spec)
-    parts = [LinearRows(some, part, None, limit) for some, part in _parts(rows, head)]
+    parts = [LinearRows(some, part, None, limit, filter_eps) for some, part in _parts(rows, head)]
     if not return_stats and len(parts) == 1:
         loss = reduced_loss(parts[0], to, shard)
         return loss.reshape(losses) if reduction == "none" else loss

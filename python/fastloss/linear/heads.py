@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..backends import Backend, choose_for, native
+from ..backends.device import Tiles
 from ..reduction import reduce_rows, valid_rows
 from ..spec import COMPUTE_DTYPE, Reduction, Rows
 
@@ -46,12 +47,14 @@ class Head(NamedTuple):
 
 class LinearRows(NamedTuple):
     """Rows whose logits, and with a teacher whose target logits, come from heads. `rows` describes them: in place of
-    logits it has one number in their shape. At most `limit` rows' logits exist at once."""
+    logits it has one number in their shape. At most `limit` rows' logits exist at once. What of their gradient is
+    smaller than `filter_eps` may be left out."""
 
     rows: Rows
     head: Head
     teacher: Head | None
     limit: int
+    filter_eps: float = 0.0
 
     def materialised(self) -> Rows:
         """The rows with all their logits, for the reference alone."""
@@ -106,19 +109,20 @@ class HeadGrads:
         self.adds, self.hidden = hidden is not None, self.hidden if hidden is None else hidden
         self.needs = needs
 
-    def add(self, chunk: Chunk) -> None:
-        """What a chunk's rows contribute, whose logits have become their gradient."""
+    def add(self, chunk: Chunk, tiles: Tiles | None = None) -> None:
+        """What a chunk's rows contribute, whose logits have become their gradient, or those `tiles` of it."""
         where, hidden, dlogits = chunk.where, chunk.hidden, chunk.rows.input
+        matmul, matmul_t = (self.matmul, self.matmul) if tiles is None else (tiles.matmul, tiles.t().matmul)
         if self.needs[0]:
             there = self.adds or isinstance(where, slice)
             part = self.hidden[where] if there else self.hidden.new_empty(hidden.shape)
-            self.matmul(dlogits, self.head.weight, part, self.adds)
+            matmul(dlogits, self.head.weight, part, self.adds)
             if isinstance(where, Tensor):
                 self.hidden[where] = part
             if chunk.last:
                 self.on_hidden()
         if self.needs[1]:
-            self.matmul(dlogits.t(), hidden, self.weight, self.started)
+            matmul_t(dlogits.t(), hidden, self.weight, self.started)
         if self.needs[2]:
             total = dlogits.sum(0, dtype=self.bias.dtype)
             self.bias = self.bias + total if self.started else total
@@ -151,8 +155,8 @@ class Chunk(NamedTuple):
         return None if vector is None else vector[self.where]
 
 
-def chunks(given: LinearRows, backend: Backend, skipped: Tensor | None = None) -> Iterator[Chunk]:
-    """The rows that are not skipped, in equal parts."""
+def chunks(given: LinearRows, backend: Backend, skipped: Tensor | None = None, filled: bool = True) -> Iterator[Chunk]:
+    """The rows that are not skipped, in equal parts; not `filled`, there is only memory for their logits."""
     rows, head, teacher = given.rows, given.head, given.teacher
     _check_indices(rows)
     index = None if skipped is None else (~skipped).nonzero()[:, 0]
@@ -166,7 +170,7 @@ def chunks(given: LinearRows, backend: Backend, skipped: Tensor | None = None) -
         where: slice | Tensor = slice(begin, min(begin + size, N))
         where = where if index is None else index[where]
         hidden = head.hidden[where]
-        logits = _fill(buffer, hidden, head, backend)
+        logits = _fill(buffer, hidden, head, backend) if filled else buffer[: hidden.shape[0]]
         if teacher is None or target_buffer is None:
             target = rows.target[where]
         else:
@@ -226,13 +230,17 @@ def loss_and_grads(given: LinearRows, to: Reduction, needs: list[bool]) -> tuple
     """The summed loss () over the normalizer, and what it gives to the head, for an upstream gradient of one."""
     backend, rows = given.backend(), given.rows
     grads, wanted = HeadGrads(given.head, needs, backend.matmul), any(needs)
-    if not wanted and _on_chip(given, backend):
+    if not wanted and on_chip(given, backend):
         return reduce_rows(row_loss(given, False)[0], rows, to), grads.result(None)
     skipped = without_effect(rows, to.token_weight)
     total, divided = given.head.hidden.new_zeros((), dtype=rows.compute_dtype), False
     # A probability over the number of tokens is next to nothing in float16: what is summed in float32 is divided then.
     half = backend.logits_dtype(given.head.hidden.dtype, given.head.weight.dtype) == torch.float16
     normalizer, divisor = (None, to.normalizer) if half else (to.normalizer, None)
+    if wanted and given.filter_eps > 0 and on_chip(given, backend):  # four products, but two of them of few tiles
+        loss, stats, *_ = row_loss(given, False)
+        upstream = _upstream(loss, to._replace(normalizer=normalizer))
+        return reduce_rows(loss, rows, to), row_grads(given, stats, [upstream, None, None, None], needs, divisor)
     for chunk in chunks(given, backend, skipped):
         part = to._replace(token_weight=chunk.of(to.token_weight), normalizer=normalizer)
         total += _chunk_loss(backend, chunk.rows, part, wanted)
@@ -251,13 +259,17 @@ def _chunk_loss(backend: Backend, rows: Rows, to: Reduction, overwrite: bool) ->
         return backend.row_loss_grad(rows, to, 1.0, overwrite, out)[0]
     loss, stats, *_ = backend.row_loss(rows, False)
     if overwrite:
-        upstream = torch.ones_like(loss) if to.token_weight is None else to.token_weight
-        upstream = upstream if to.normalizer is None else upstream / to.normalizer
-        backend.row_grad(rows, stats, [upstream, None, None, None], out)
+        backend.row_grad(rows, stats, [_upstream(loss, to), None, None, None], out)
     return reduce_rows(loss, rows, to)
 
 
-def _on_chip(given: LinearRows, backend: Backend) -> bool:
+def _upstream(loss: Tensor, to: Reduction) -> Tensor:
+    """What the reduced loss gives to losses (N,)."""
+    upstream = torch.ones_like(loss) if to.token_weight is None else to.token_weight
+    return upstream if to.normalizer is None else upstream / to.normalizer
+
+
+def on_chip(given: LinearRows, backend: Backend) -> bool:
     """Whether losses need no logits in memory."""
     hidden, weight, _ = given.head
     return given.teacher is None and backend.takes_head is not None and backend.takes_head(given.rows, hidden, weight)
@@ -267,7 +279,7 @@ def row_loss(given: LinearRows, extras: bool, whole: Tensor | None = None) -> li
     """Losses (N,), statistics (5, N) and argmax as native.row_loss has them; of targets that list classes the logits of
     those, (N, K); and with extras the argmax's, (N,)."""
     backend, rows = given.backend(), given.rows
-    if whole is None and _on_chip(given, backend):
+    if whole is None and on_chip(given, backend):
         assert backend.head_loss is not None
         none = given.head.hidden.new_empty((rows.input.shape[0], 0), dtype=rows.compute_dtype)
         return [*backend.head_loss(rows, *given.head, extras), none, none]
@@ -289,27 +301,43 @@ def row_loss(given: LinearRows, extras: bool, whole: Tensor | None = None) -> li
     return out
 
 
-def row_grads(given: LinearRows, stats: Tensor, upstream: list[Tensor | None], needs: list[bool]) -> list[Tensor]:
-    """What losses and statistics give to the head, for their upstream gradients (N,)."""
+def row_grads(
+    given: LinearRows,
+    stats: Tensor,
+    upstream: list[Tensor | None],
+    needs: list[bool],
+    divisor: Tensor | None = None,
+) -> list[Tensor]:
+    """What losses and statistics give to the head, for their upstream gradients (N,), over a divisor."""
     backend = given.backend()
+    tiled = on_chip(given, backend)
     others = any(g is not None for g in upstream[1:])
     skipped = None if others else without_effect(given.rows, upstream[0])
     grads = HeadGrads(given.head, needs, backend.matmul)
 
-    def write(chunk: Chunk) -> None:
-        part = stats[:, chunk.where].contiguous()
-        backend.row_grad(chunk.rows, part, [chunk.of(g) for g in upstream], chunk.rows.input)
+    def write(chunk: Chunk) -> Tiles | None:
+        args = stats[:, chunk.where].contiguous(), [chunk.of(g) for g in upstream], chunk.rows.input
+        if not tiled or backend.head_grad is None:
+            backend.row_grad(chunk.rows, *args)
+            return None
+        _, weight, bias = given.head
+        return backend.head_grad(chunk.rows, chunk.hidden, weight, bias, *args, given.filter_eps)
 
-    return sum_up(given, grads, write, skipped)
+    return sum_up(given, grads, write, skipped, divisor, not tiled)
 
 
 def sum_up(
-    given: LinearRows, grads: HeadGrads, write: Callable[[Chunk], None], skipped: Tensor | None = None
+    given: LinearRows,
+    grads: HeadGrads,
+    write: Callable[[Chunk], Tiles | None],
+    skipped: Tensor | None = None,
+    divisor: Tensor | None = None,
+    filled: bool = True,
 ) -> list[Tensor]:
-    """The gradients of a head; `write` puts that of a chunk's logits in their place."""
+    """The gradients of a head, over a divisor; `write` puts that of a chunk's logits in their place, where they are
+    unless not `filled`, and may say which tiles of it count."""
     if skipped is not None and grads.needs[0]:
         grads.hidden[skipped] = 0
-    for chunk in chunks(given, given.backend(), skipped):
-        write(chunk)
-        grads.add(chunk)
-    return grads.result(skipped)
+    for chunk in chunks(given, given.backend(), skipped, filled):
+        grads.add(chunk, write(chunk))
+    return grads.result(skipped, divisor)

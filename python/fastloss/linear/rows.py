@@ -29,7 +29,8 @@ from .heads import Head, LinearRows
 
 _HEAD = "Tensor hidden, Tensor head_weight, Tensor? head_bias"
 _TEACHER = "Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias"
-_SCHEMA = f"{_HEAD}, Tensor? target, {_TEACHER}, Tensor? weight, Tensor? probs, {SPEC_SCHEMA}, int limit"
+_NUMBERS = f"{SPEC_SCHEMA}, int limit, float filter_eps"
+_SCHEMA = f"{_HEAD}, Tensor? target, {_TEACHER}, Tensor? weight, Tensor? probs, {_NUMBERS}"
 library.define(
     f"linear_loss({_SCHEMA}, Tensor? token_weight, Tensor? normalizer, bool[] needs) "
     "-> (Tensor, Tensor, Tensor, Tensor)"
@@ -45,7 +46,7 @@ def flat(given: LinearRows) -> tuple[Any, ...]:
     rows = given.rows
     target = rows.target if given.teacher is None else None
     tensors = *given.head, target, *(given.teacher or (None, None, None)), rows.weight, rows.probs
-    return *tensors, *flat_spec(rows.spec), given.limit
+    return *tensors, *flat_spec(rows.spec), given.limit, given.filter_eps
 
 
 def record(*args: Any) -> tuple[LinearRows, list[Any]]:
@@ -54,9 +55,9 @@ def record(*args: Any) -> tuple[LinearRows, list[Any]]:
     head = Head(hidden, head_weight, head_bias)
     teacher = None if u is None else Head(u, teacher_weight, teacher_bias)
     logits = heads.stand_in(head)
-    spec, (limit, *rest) = record_spec(numbers)
+    spec, (limit, filter_eps, *rest) = record_spec(numbers)
     rows = Rows(logits, logits if target is None else target, weight, spec, probs)
-    return LinearRows(rows, head, teacher, limit), rest
+    return LinearRows(rows, head, teacher, limit, filter_eps), rest
 
 
 @torch.library.impl(library, "linear_loss", "CompositeExplicitAutograd")

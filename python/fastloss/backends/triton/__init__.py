@@ -46,5 +46,6 @@ def kernels() -> Kernels:
 
     of_objectives = ("on_chip", "row_stats", "row_grad", "row_loss_grad")
     launches = {name: by_objective(name) for name in of_objectives}
-    launches |= {name: getattr(heads, name) for name in ("takes_head", "head_stats")}
+    of_heads = ("takes_head", "head_stats", "head_tiles", "head_grad", "kept_product")
+    launches |= {name: getattr(heads, name) for name in of_heads}
     return Kernels(*(launches.get(name) or getattr(rows, name) for name in Kernels._fields))

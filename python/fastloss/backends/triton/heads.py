@@ -8,9 +8,10 @@ import triton
 from torch import Tensor
 
 from ...spec import Objective, Rows
+from ..device import Tiles, Upstream
 from . import head_kernels
 from .row_kernels import STATE
-from .rows import OPTIONS, finish, is_general, on, vector_of
+from .rows import OPTIONS, finish, is_general, on, strided, vector_of
 
 # A tile of logits, and how deep its product is at once: 64 accumulators a thread on eight warps (half as many where a
 # loss needs more registers), and three stages of operands in 96 KiB, which every device that has tensor cores for these
@@ -50,3 +51,49 @@ def head_stats(
             VECTOR=vector_of(H, hidden, head), **LAUNCH, **OPTIONS,
         )  # fmt: skip
     finish(rows, None, states, TILES * COLUMNS, loss, stats, argmax, None)
+
+
+def head_tiles(rows: Rows, upstream: Upstream) -> tuple[int, int]:
+    """Of the gradient of logits."""
+    return ROWS // 2 if is_general(rows) or upstream.entropy is not None else ROWS, COLUMNS
+
+
+def head_grad(
+    rows: Rows,
+    hidden: Tensor,
+    head: Tensor,
+    bias: Tensor | None,
+    stats: Tensor,
+    upstream: Upstream,
+    grad: Tensor,
+    kept: Tensor | None,
+    filter_eps: float,
+) -> None:
+    """As row_grad, of rows whose logits are hidden (N, H) @ head (V, H).T + bias (V,), H contiguous."""
+    (N, H), V = hidden.shape, head.shape[0]
+    height, width = head_tiles(rows, upstream)
+    vectors = [strided(vector if isinstance(vector, Tensor) else None) for vector in upstream[:4]]
+    with on(hidden):
+        head_kernels.head_grad[(triton.cdiv(N, height), triton.cdiv(V, width))](
+            hidden, hidden.stride(0), head, head.stride(0), bias, rows.target, rows.weight, V, N, H, *rows.spec[:5],
+            *sum(vectors, ()), stats, grad, grad.stride(0), kept, filter_eps,
+            GENERAL=height < ROWS, ROWS=height, COLUMNS=width, DEPTH=DEPTH, VECTOR=vector_of(H, hidden, head),
+            GRAD_VECTOR=vector_of(V, grad), **LAUNCH, **OPTIONS,
+        )  # fmt: skip
+
+
+def kept_product(grad: Tensor, tiles: Tiles, other: Tensor, out: Tensor, add: bool) -> None:
+    """`out` (M, H) = grad (M, K) @ other (K, H) over the tiles that are kept, or with `add` more by that."""
+    (M, K), H = grad.shape, other.shape[1]
+    kept = tiles.kept.contiguous()
+    counts = kept.sum(1, dtype=torch.int32)
+    order = kept.argsort(dim=1, descending=True, stable=True).to(torch.int32)
+    height, deep = tiles.size
+    lines = grad.t() if tiles.transposed else grad
+    width = lines.shape[1]
+    with on(grad):
+        head_kernels.kept_product[(triton.cdiv(H, COLUMNS), triton.cdiv(M, height))](
+            lines, lines.stride(0), other, other.stride(0), order, counts, order.shape[1], out, out.stride(0), M, K, H,
+            TRANSPOSED=tiles.transposed, ADD=add, ROWS=height, COLUMNS=COLUMNS, TILE=deep, DEPTH=DEPTH,
+            VECTOR=vector_of(H, other, out), GRAD_VECTOR=vector_of(width, lines), **LAUNCH, **OPTIONS,
+        )  # fmt: skip
