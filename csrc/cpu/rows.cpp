@@ -5,6 +5,7 @@
 #include <cmath>
 #include <vector>
 
+#include "head.h"
 #include "matmul.h"
 #include "pair.h"
 #include "parallel.h"
@@ -56,21 +57,13 @@ RowStats<double> evaluate(Pair<F>& pair, int64_t i, const RowOutputs&, double* l
 
 template <class F>
 void row_loss(const Rows& rows, const RowOutputs& out) {
-  const int64_t N = rows.input.rows;
   const ClassWeights<F> weights(rows);
-  F* loss = static_cast<F*>(out.loss);
-  F* stats = static_cast<F*>(out.stats);
   for_rows<F>(rows, weights, [&](auto& row, int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const bool ignored = rows.ignored(i);
       double value = 0;
       RowStats<double> s = {};
-      if (!ignored || out.extras) s = evaluate(row, i, out, &value);
-      if (ignored) s.log_prob = s.mass = value = 0;
-      loss[i] = F(value);
-      s.log_sum += s.centre - double(F(s.centre));  // what rounding takes from one, the other keeps
-      const double columns[kStats] = {s.centre, s.log_sum, s.log_prob, s.mass, s.entropy};
-      for (int k = 0; k < kStats; ++k) stats[k * N + i] = F(columns[k]);
+      if (!rows.ignored(i) || out.extras) s = evaluate(row, i, out, &value);
+      write_row<F>(rows, i, value, s, out);
     }
   });
 }
@@ -173,7 +166,8 @@ void merge_states(const double* a, const double* b, double* out, int64_t N) {
 
 template <class F>
 constexpr Kernels kernels_in() {
-  return {FASTLOSS_ISA_NAME, row_states<F>, merge_states, row_loss<F>, row_grad<F>, row_loss_grad<F>, matmul<F>};
+  return {FASTLOSS_ISA_NAME, row_states<F>, merge_states, row_loss<F>, row_grad<F>, row_loss_grad<F>, matmul<F>,
+          head_loss<F>};
 }
 
 }  // namespace

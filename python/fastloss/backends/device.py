@@ -91,8 +91,8 @@ def takes_head(kernels: Kernels, rows: Rows, hidden: Tensor, head: Tensor) -> bo
 
 def head_loss(
     kernels: Kernels, rows: Rows, hidden: Tensor, head: Tensor, bias: Tensor | None, extras: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses, statistics and argmax of rows whose logits are never written."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Losses, statistics and argmax of rows whose logits are never written; of classes that targets list none."""
     assert kernels.head_stats is not None
     hidden, head = (t if t.stride(-1) == 1 else t.contiguous() for t in (hidden, head))
     target = rows.target.contiguous()
@@ -103,7 +103,7 @@ def head_loss(
     if N:
         given = rows._replace(target=target, weight=weight)
         kernels.head_stats(given, hidden.detach(), head.detach(), bias, loss, stats, argmax if extras else None)
-    return loss, stats, argmax
+    return loss, stats, argmax, new((N, 0), dtype=F)
 
 
 def row_grad(

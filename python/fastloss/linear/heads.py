@@ -254,8 +254,7 @@ def row_loss(given: LinearRows, extras: bool) -> list[Tensor]:
     backend, rows = given.backend(), given.rows
     if _on_chip(given, backend):
         assert backend.head_loss is not None
-        none = given.head.hidden.new_empty((rows.input.shape[0], 0), dtype=rows.compute_dtype)
-        return [*backend.head_loss(rows, *given.head, extras), none]
+        return list(backend.head_loss(rows, *given.head, extras))
     skipped = None if extras else without_effect(rows)
     N, K = rows.input.shape[0], rows.target.shape[1] if rows.probs is not None else 0
     new, F = given.head.hidden.new_zeros, rows.compute_dtype
