@@ -15,6 +15,7 @@ from check import error, to
 from torch import Tensor
 
 import fastloss
+from fastloss.backends import native
 
 H = 33  # of hidden states: no multiple of anything
 ROWS = 7  # that may have logits at once: chunks, and a last one that is smaller
@@ -27,6 +28,12 @@ NAMES = {
     "selective_log_softmax": "linear_selective_log_softmax",
 }
 ALL_CASES = [*CASES, *LOSS_CASES]
+
+
+@pytest.fixture(autouse=True)
+def few_classes_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What CPUs do with logits that are never written they do here with any number of them."""
+    monkeypatch.setattr(native, "FEWEST_CLASSES", 0)
 
 
 def head(V: int, features: int, dtype: torch.dtype, g: torch.Generator, N: int = 16) -> list[Tensor]:
@@ -155,7 +162,12 @@ def count_products(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
             count += 1
             backend.matmul(*args)
 
-        return backend._replace(matmul=matmul)
+        def head_loss(*args: Any) -> Any:
+            nonlocal count
+            count += 1
+            return backend.head_loss(*args)
+
+        return backend._replace(matmul=matmul, head_loss=head_loss)
 
     monkeypatch.setattr(heads, "choose_for", counted)
     return lambda: count

@@ -17,9 +17,9 @@
 namespace fastloss {
 inline namespace FASTLOSS_ISA {
 
-constexpr int64_t kGroup = 1024;   // rows that share a packed block of the weight
-constexpr int64_t kSlice = 128;    // classes whose logits exist at once: what reducing a row's part costs is its half
-constexpr int64_t kSegments = 64;  // at most, and of whole slices
+constexpr int64_t kGroup = 1024;    // rows that share a packed block of the weight
+constexpr int64_t kSlice = 256;    // classes whose logits exist at once; few of them, and what a row costs besides its exponentials shows
+constexpr int64_t kSegments = 64;   // at most, and of whole slices
 
 // What a segment says of a row: its state, its largest logit and the class of that.
 template <class F>

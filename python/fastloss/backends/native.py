@@ -19,7 +19,7 @@ except ImportError as error:  # a source tree, or a wheel built without its kern
 
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _num_threads = torch.get_num_threads
-FEWEST_CLASSES = 4096
+FEWEST_CLASSES = 8192  # of a head whose logits never reach memory
 HEAD_OBJECTIVES = (Objective.INDEX, Objective.TOPK)
 _RECYCLE_BYTES = 8 << 20  # below this, malloc itself keeps memory warm
 

@@ -211,9 +211,9 @@ def loss_and_grads(given: LinearRows, to: Reduction, needs: list[bool]) -> tuple
     """The summed loss () over the normalizer, and what it gives to the head, for an upstream gradient of one."""
     backend, rows = given.backend(), given.rows
     grads, wanted = HeadGrads(given.head, needs, backend.matmul), any(needs)
-    if not wanted and _on_chip(given, backend):
-        return reduce_rows(row_loss(given, False)[0], rows, to), grads.result(None)
     skipped = without_effect(rows, to.token_weight)
+    if not wanted and _on_chip(given, backend):
+        return reduce_rows(row_loss(_ignoring(given, skipped), False)[0], rows, to), grads.result(None)
     total, divided = given.head.hidden.new_zeros((), dtype=rows.compute_dtype), False
     # A probability over the number of tokens is next to nothing in float16: what is summed in float32 is divided then.
     half = backend.logits_dtype(given.head.hidden.dtype, given.head.weight.dtype) == torch.float16
@@ -246,6 +246,15 @@ def _on_chip(given: LinearRows, backend: Backend) -> bool:
     """Whether losses need no logits in memory."""
     hidden, weight, _ = given.head
     return given.teacher is None and backend.takes_head is not None and backend.takes_head(given.rows, hidden, weight)
+
+
+def _ignoring(given: LinearRows, skipped: Tensor | None) -> LinearRows:
+    """With what makes rows ignored where they are skipped."""
+    if skipped is None:
+        return given
+    target, rows = given.rows.target, given.rows
+    target = target.masked_fill(skipped.view(-1, *(1,) * (target.dim() - 1)), rows.spec.ignore_index)
+    return given._replace(rows=rows._replace(target=target))
 
 
 def row_loss(given: LinearRows, extras: bool) -> list[Tensor]:
