@@ -99,7 +99,8 @@ void head_loss(const py::tuple& rows_tuple, const StridedFields& hidden, const S
                uintptr_t loss, uintptr_t stats, uintptr_t argmax, uintptr_t listed) {
   const Rows rows = parse_rows(rows_tuple);
   const Head head{strided(hidden), strided(weight), reinterpret_cast<const void*>(bias)};
-  if (head.hidden.cols != head.weight.rows || head.hidden.rows != rows.input.rows || head.weight.cols != rows.input.cols)
+  if (head.hidden.cols != head.weight.rows || head.hidden.rows != rows.input.rows ||
+      head.weight.cols != rows.input.cols)
     throw std::invalid_argument("head_loss: hidden, weight and rows do not fit each other");
   if (rows.spec.objective != Objective::kIndex && rows.spec.objective != Objective::kTopK)
     throw std::invalid_argument("head_loss: expected class indices, or listed classes");

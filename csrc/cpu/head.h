@@ -2,11 +2,12 @@
 // for a group of rows, in its own cache; there each row's part of the slice goes into the row's state, as row.h reduces
 // it, and is forgotten.
 //
-// The vocabulary is cut into segments, and each has states of its own, which are merged in the order of classes: a row's
-// result does not depend on the rows around it or on the number of threads.
+// The vocabulary is cut into segments, and each has states of its own, which are merged in the order of classes: a
+// row's result does not depend on the rows around it or on the number of threads.
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <vector>
 
 #include "matmul.h"
@@ -17,9 +18,11 @@
 namespace fastloss {
 inline namespace FASTLOSS_ISA {
 
-constexpr int64_t kGroup = 1024;    // rows that share a packed block of the weight
-constexpr int64_t kSlice = 256;    // classes whose logits exist at once; few of them, and what a row costs besides its exponentials shows
-constexpr int64_t kSegments = 64;   // at most, and of whole slices
+// Rows that share a packed block of the weight, as far as their hidden states stay small.
+constexpr int64_t kGroup = 1024, kGroupBytes = int64_t(8) << 20;
+// Classes whose logits exist at once: of fewer, what a row costs beside its exponentials shows.
+constexpr int64_t kSlice = 256;
+constexpr int64_t kSegments = 64;  // at most, and of whole slices
 
 // What a segment says of a row: its state, its largest logit and the class of that.
 template <class F>
@@ -59,9 +62,15 @@ class HeadLoss {
   }
 
   void run() {
-    const int64_t count = int64_t(which_.size()), group = std::min(count, kGroup);
+    const int64_t count = int64_t(which_.size());
+    if (count == 0) return;
+    const int64_t most =
+        std::clamp<int64_t>(kGroupBytes / (std::max<int64_t>(H_, 1) * int64_t(sizeof(F))), kTileRows, kGroup);
+    const int64_t groups = (count + most - 1) / most, group = (count + groups - 1) / groups;  // of equal size
     packed_ = aligned_array<F>(round_up(group, kTileRows) * H_);
     states_.resize(size_t(group * segments_));
+    for (int64_t worker = 0; worker < std::min<int64_t>(rows_.threads, segments_); ++worker)
+      scratch_.push_back({aligned_array<F>(block_ * depth_), aligned_array<F>(round_up(group, kTileRows) * kSlice)});
     for (int64_t begin = 0; begin < count; begin += group)
       reduce_group(which_.data() + begin, std::min(group, count - begin));
   }
@@ -79,6 +88,11 @@ class HeadLoss {
   int64_t count_ = 0;
   Aligned<F> packed_;
   std::vector<Segment<F>> states_;
+  // Of a thread: a packed block of the weight, and a slice of the group's logits.
+  struct Scratch {
+    Aligned<F> block, z;
+  };
+  std::vector<Scratch> scratch_;
 
   void reduce_group(const int64_t* which, int64_t count) {
     group_ = which, count_ = count;
@@ -87,22 +101,25 @@ class HeadLoss {
       for (int64_t k = 0; k < H_; k += depth_)
         for (int64_t panel = from; panel < to; ++panel) pack_rows(panel * kTileRows, k);
     });
-    parallel_for(segments_, segment_ * count * std::max<int64_t>(H_, 1), rows_.threads, [&](int64_t from, int64_t to) {
-      const Aligned<F> block = aligned_array<F>(block_ * depth_);
-      const Aligned<F> z = aligned_array<F>(round_up(count_, kTileRows) * kSlice);
-      for (int64_t s = from; s < to; ++s) {
-        Segment<F>* const states = states_.data() + s * count_;
-        std::fill(states, states + count_, Segment<F>{});
-        for (int64_t first = s * segment_, end = std::min(V_, first + segment_); first < end; first += kSlice) {
-          const int64_t n = std::min(kSlice, end - first);
-          multiply(first, n, block.get(), z.get());
-          reduce(first, n, z.get(), states);
-        }
-      }
-    });
+    std::atomic<int64_t> next{0};
+    parallel_for(int64_t(scratch_.size()), V_ * count * std::max<int64_t>(H_, 1), rows_.threads,
+                 [&](int64_t from, int64_t to) {
+                   for (int64_t worker = from; worker < to; ++worker)
+                     for (int64_t s; (s = next++) < segments_;) reduce_segment(s, scratch_[size_t(worker)]);
+                 });
     parallel_for(count, segments_ * 16, rows_.threads, [&](int64_t from, int64_t to) {
       for (int64_t i = from; i < to; ++i) finish(i);
     });
+  }
+
+  void reduce_segment(int64_t s, const Scratch& scratch) {
+    Segment<F>* const states = states_.data() + s * count_;
+    std::fill(states, states + count_, Segment<F>{});
+    for (int64_t first = s * segment_, end = std::min(V_, first + segment_); first < end; first += kSlice) {
+      const int64_t n = std::min(kSlice, end - first);
+      multiply(first, n, scratch.block.get(), scratch.z.get());
+      reduce(first, n, scratch.z.get(), states);
+    }
   }
 
   const F* packed(int64_t i, int64_t k) const {

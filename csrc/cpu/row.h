@@ -62,8 +62,8 @@ class Row {
         // Without a softcap the scale rides along in the exponential, and a tile holds x.
         scale_(cap_ > 0 ? F(1) : F(spec_.logit_scale)) {}
 
-  // Before anything else of row i: what its target lists, which its gradient may overwrite. `listed`: the logits of that,
-  // where the row is not there to be read.
+  // Before anything else of row i: what its target lists, which its gradient may overwrite. `listed`: the logits of
+  // that, where the row is not there to be read.
   void begin(int64_t i, const F* listed = nullptr) {
     picks_.clear();
     if (!spec_.indexed() || rows_.ignored(i)) return;

@@ -48,7 +48,8 @@ struct Product {
   int threads = 1;
 };
 
-// Where logits come from that nobody keeps: hidden (N, H) times weight (H, V), plus bias (V,) of the compute type, or null.
+// Where logits come from that nobody keeps: hidden (N, H) times weight (H, V), plus bias (V,) of the compute type, or
+// null.
 struct Head {
   Strided hidden, weight;
   const void* bias = nullptr;
