@@ -138,7 +138,8 @@ def head_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Losses, statistics and argmax of rows whose logits are never written, and the logits (N, K) of listed classes."""
     N, F = hidden.shape[0], rows.compute_dtype
-    loss, stats, argmax = torch.empty(N, dtype=F), torch.empty((5, N), dtype=F), torch.empty(N * extras, dtype=torch.int64)
+    loss, stats = torch.empty(N, dtype=F), torch.empty((5, N), dtype=F)
+    argmax = torch.empty(N if extras else 0, dtype=torch.int64)
     target = rows.target.contiguous()
     listed = torch.zeros(target.shape, dtype=F)
     weight, bias = (None if t is None else t.detach().to(F).contiguous() for t in (rows.weight, bias))

@@ -213,7 +213,8 @@ def loss_and_grads(given: LinearRows, to: Reduction, needs: list[bool]) -> tuple
     grads, wanted = HeadGrads(given.head, needs, backend.matmul), any(needs)
     skipped = without_effect(rows, to.token_weight)
     if not wanted and _on_chip(given, backend):
-        return reduce_rows(row_loss(_ignoring(given, skipped), False)[0], rows, to), grads.result(None)
+        loss = row_loss(_ignoring(given, skipped), False)[0].double()  # as the kernels of rows sum them
+        return reduce_rows(loss, rows, to).to(rows.compute_dtype), grads.result(None)
     total, divided = given.head.hidden.new_zeros((), dtype=rows.compute_dtype), False
     # A probability over the number of tokens is next to nothing in float16: what is summed in float32 is divided then.
     half = backend.logits_dtype(given.head.hidden.dtype, given.head.weight.dtype) == torch.float16
