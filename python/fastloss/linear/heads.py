@@ -253,6 +253,7 @@ def _ignoring(given: LinearRows, skipped: Tensor | None) -> LinearRows:
     """With what makes rows ignored where they are skipped."""
     if skipped is None:
         return given
+    _check_indices(given.rows)
     target, rows = given.rows.target, given.rows
     target = target.masked_fill(skipped.view(-1, *(1,) * (target.dim() - 1)), rows.spec.ignore_index)
     return given._replace(rows=rows._replace(target=target))
