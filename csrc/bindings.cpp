@@ -99,6 +99,26 @@ void matmul(const StridedFields& a, const StridedFields& b, uintptr_t out, int64
   kernels(p.a.dtype).matmul(p);
 }
 
+void head_loss(const py::tuple& rows_tuple, const StridedFields& hidden, const StridedFields& weight, uintptr_t bias,
+               uintptr_t loss, uintptr_t stats, uintptr_t argmax, uintptr_t listed) {
+  const Rows rows = parse_rows(rows_tuple);
+  const Head head{strided(hidden), strided(weight), reinterpret_cast<const void*>(bias)};
+  if (head.hidden.cols != head.weight.rows || head.hidden.rows != rows.input.rows ||
+      head.weight.cols != rows.input.cols)
+    throw std::invalid_argument("head_loss: hidden, weight and rows do not fit each other");
+  if (rows.spec.objective != Objective::kIndex && rows.spec.objective != Objective::kTopK)
+    throw std::invalid_argument("head_loss: expected class indices, or listed classes");
+  for (const DType dtype : {head.hidden.dtype, head.weight.dtype})
+    if ((dtype == DType::kFloat64) != (rows.input.dtype == DType::kFloat64))
+      throw std::invalid_argument("head_loss: float64 goes with float64");
+  check_targets(rows);
+  RowOutputs out{reinterpret_cast<void*>(loss), reinterpret_cast<void*>(stats), reinterpret_cast<int64_t*>(argmax)};
+  out.extras = argmax != 0;
+  out.listed = reinterpret_cast<void*>(listed);
+  const py::gil_scoped_release release;
+  kernels(rows.input.dtype).head_loss(rows, head, out);
+}
+
 // Recycled memory as a Python buffer; it goes back to the cache when the last tensor over it is gone.
 struct PyBuffer {
   Buffer buffer;
@@ -117,6 +137,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("row_grad", &row_grad);
   m.def("row_loss_grad", &row_loss_grad);
   m.def("matmul", &matmul);
+  m.def("head_loss", &head_loss);
   m.def("available_isas", &available_isas);
   m.def("current_isa", &current_isa);
   m.def("use_isa", &use_isa);

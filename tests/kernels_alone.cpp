@@ -57,6 +57,10 @@ void write(char* p, DType dtype, double& x) {
   x = read(p, dtype);
 }
 
+const Kernels& kernels_of(DType dtype) {
+  return dtype == DType::kFloat64 ? FASTLOSS_ISA::kernels_float64 : FASTLOSS_ISA::kernels_float32;
+}
+
 struct Case {
   DType dtype;
   int64_t N, V;
@@ -105,8 +109,7 @@ bool agrees(const Case& c, std::mt19937& random) {
   rows.spec.label_smoothing = c.label_smoothing;
   Reduced reduced;
   reduced.grad = {grad.data(), c.N, c.V, c.V, c.dtype};
-  const Kernels& kernels = c.dtype == DType::kFloat64 ? FASTLOSS_ISA::kernels_float64 : FASTLOSS_ISA::kernels_float32;
-  const double loss = kernels.row_loss_grad(rows, reduced), truth = textbook(c, x, y, want);
+  const double loss = kernels_of(c.dtype).row_loss_grad(rows, reduced), truth = textbook(c, x, y, want);
   double largest = 1 / double(c.N), error = 0;
   for (const double v : want) largest = std::fmax(largest, std::fabs(v));
   for (size_t k = 0; k < want.size(); ++k) {
@@ -121,36 +124,74 @@ bool agrees(const Case& c, std::mt19937& random) {
   return false;
 }
 
+// `count` numbers of a dtype, written into `values` as they are rounded.
+std::vector<char> numbers(DType dtype, int64_t count, std::mt19937& random, std::vector<double>& values) {
+  std::normal_distribution<double> normal(0, 1);
+  const int64_t size = size_of(dtype);
+  std::vector<char> stored(size_t(count * size));
+  values.resize(size_t(count));
+  for (int64_t k = 0; k < count; ++k) write(&stored[size_t(k * size)], dtype, values[size_t(k)] = normal(random));
+  return stored;
+}
+
+std::vector<double> product(const std::vector<double>& a, const std::vector<double>& b, int64_t M, int64_t N,
+                            int64_t K) {
+  std::vector<double> c(size_t(M * N), 0.0);
+  for (int64_t i = 0; i < M; ++i)
+    for (int64_t j = 0; j < N; ++j)
+      for (int64_t k = 0; k < K; ++k) c[size_t(i * N + j)] += a[size_t(i * K + k)] * b[size_t(j * K + k)];
+  return c;
+}
+
 // A product of (M, K) and, transposed, (N, K), against sums in double.
 bool multiplies(DType dtype, int64_t M, int64_t N, int64_t K, std::mt19937& random) {
-  std::normal_distribution<double> normal(0, 1);
-  const int64_t size = size_of(dtype), out_size = dtype == DType::kFloat64 ? 8 : 4;
-  std::vector<char> a(size_t(M * K * size)), b(size_t(N * K * size)), out(size_t(M * N * out_size));
-  for (auto* m : {&a, &b})
-    for (size_t k = 0; k < m->size(); k += size_t(size)) {
-      double x = normal(random);
-      write(&(*m)[k], dtype, x);
-    }
+  const int64_t out_size = dtype == DType::kFloat64 ? 8 : 4;
+  std::vector<double> left, right;
+  std::vector<char> a = numbers(dtype, M * K, random, left), b = numbers(dtype, N * K, random, right),
+                    out(size_t(M * N * out_size));
   Product p;
   p.a = {a.data(), M, K, K, 1, dtype};
   p.b = {b.data(), K, N, 1, K, dtype};
   p.out = out.data();
   p.stride = N;
-  const Kernels& kernels = dtype == DType::kFloat64 ? FASTLOSS_ISA::kernels_float64 : FASTLOSS_ISA::kernels_float32;
-  kernels.matmul(p);
+  kernels_of(dtype).matmul(p);
+  const std::vector<double> sums = product(left, right, M, N, K);
+  const DType summed = dtype == DType::kFloat64 ? dtype : DType::kFloat32;
   double error = 0;
-  for (int64_t i = 0; i < M; ++i)
-    for (int64_t j = 0; j < N; ++j) {
-      double sum = 0;
-      for (int64_t k = 0; k < K; ++k)
-        sum += read(&a[size_t((i * K + k) * size)], dtype) * read(&b[size_t((j * K + k) * size)], dtype);
-      const DType sums = dtype == DType::kFloat64 ? dtype : DType::kFloat32;
-      const double off = std::fabs(read(&out[size_t((i * N + j) * out_size)], sums) - sum);
-      error = off > error || off != off ? off : error;
-    }
+  for (size_t k = 0; k < sums.size(); ++k) {
+    const double off = std::fabs(read(&out[k * size_t(out_size)], summed) - sums[k]);
+    error = off > error || off != off ? off : error;
+  }
   if (error <= std::sqrt(double(K)) * (dtype == DType::kFloat64 ? 1e-14 : 4e-6)) return true;
   std::printf("dtype %d, product of (%ld, %ld) and (%ld, %ld): off by %g\n", int(dtype), long(M), long(K), long(K),
               long(N), error);
+  return false;
+}
+
+// Losses of hidden states (N, H) whose logits are not written.
+bool scores(const Case& c, int64_t H, std::mt19937& random) {
+  std::vector<double> h, w, unused(size_t(c.N * c.V));
+  std::vector<char> hidden = numbers(c.dtype, c.N * H, random, h), weight = numbers(c.dtype, c.V * H, random, w);
+  std::vector<int64_t> y(size_t(c.N), 0);
+  for (auto& t : y) t = int64_t(random() % uint64_t(c.V));
+  Rows rows;
+  rows.input = {nullptr, c.N, c.V, 0, c.dtype};
+  rows.target = y.data();
+  rows.spec.softcap = c.softcap;
+  rows.spec.label_smoothing = c.label_smoothing;
+  std::vector<double> losses(size_t(c.N)), stats(size_t(c.N * kStats)), listed(size_t(c.N));  // of floats the half
+  RowOutputs out{losses.data(), stats.data()};
+  out.listed = listed.data();
+  kernels_of(c.dtype).head_loss(rows, {{hidden.data(), c.N, H, H, 1, c.dtype}, {weight.data(), H, c.V, 1, H, c.dtype}},
+                                out);
+  const DType summed = c.dtype == DType::kFloat64 ? c.dtype : DType::kFloat32;
+  double loss = 0;
+  for (int64_t i = 0; i < c.N; ++i)
+    loss += read(reinterpret_cast<const char*>(losses.data()) + i * size_of(summed), summed) / double(c.N);
+  const double truth = textbook(c, product(h, w, c.N, c.V, H), y, unused), off = std::fabs(loss - truth);
+  if (off <= std::fmax(1, std::fabs(truth)) * (c.dtype == DType::kFloat64 ? 1e-13 : 2e-6)) return true;
+  std::printf("dtype %d, hidden states (%ld, %ld), %ld classes, softcap %g, smoothing %g: loss off by %g\n",
+              int(c.dtype), long(c.N), long(H), long(c.V), c.softcap, c.label_smoothing, off);
   return false;
 }
 
@@ -173,6 +214,12 @@ int main() {
       ++count;
       wrong += !multiplies(DType(dtype), M, N, K, random);
     }
+  for (int dtype = 0; dtype < 4; ++dtype)
+    for (const auto [N, H, V] : {std::array<int64_t, 3>{1, 1, 1}, {7, 5, 300}, {13, 1100, 33}, {3, 8, 20000}})
+      for (const double option : {0.0, 0.1}) {
+        ++count;
+        wrong += !scores({DType(dtype), N, V, 50 * option, option}, H, random);
+      }
   std::printf("%d cases, %d wrong\n", count, wrong);
   return wrong > 0;
 }

@@ -27,6 +27,38 @@ struct Gradient {
   bool streaming;
 };
 
+// Statistics as they are kept, in F; what rounding takes from a centre, its log-sum keeps.
+template <class F>
+struct Columns {
+  F* at;
+  int64_t N;
+
+  RowStats<double> row(int64_t i) const { return {at[i], at[N + i], at[2 * N + i], at[3 * N + i], at[4 * N + i]}; }
+  PairStats<double> pair(int64_t i) const { return {at[i], at[N + i], at[2 * N + i], at[3 * N + i], at[4 * N + i]}; }
+  void put(int64_t i, const RowStats<double>& s) const {
+    put(i, {s.centre, s.log_sum + lost(s.centre), s.log_prob, s.mass, s.entropy});
+  }
+  void put(int64_t i, const PairStats<double>& s) const {
+    const double target_log_sum = s.target_log_sum + lost(s.target_centre);
+    put(i, {s.centre, s.log_sum + lost(s.centre), s.target_centre, target_log_sum, s.tilt});
+  }
+
+ private:
+  static double lost(double centre) { return std::isfinite(centre) ? centre - double(F(centre)) : 0; }
+  void put(int64_t i, const double (&columns)[kStats]) const {
+    for (int k = 0; k < kStats; ++k) at[k * N + i] = F(columns[k]);
+  }
+};
+
+// Row i's loss and statistics into the outputs, of what `rows` says of it.
+template <class F>
+inline void write_row(const Rows& rows, int64_t i, double loss, RowStats<double> s, const RowOutputs& out,
+                      const Columns<F>& stats) {
+  if (rows.ignored(i)) s.log_prob = s.mass = loss = 0;
+  static_cast<F*>(out.loss)[i] = F(loss);
+  stats.put(i, s);
+}
+
 // fn(first column, columns, tile) over V columns: whole vectors, then what is left.
 template <class F, class Fn>
 inline void for_tiles(int64_t V, Fn&& fn) {
@@ -40,9 +72,11 @@ inline void for_tiles(int64_t V, Fn&& fn) {
 template <class F>
 class Row {
  public:
-  Row(const Rows& rows, const ClassWeights<F>& weights, Workspace<F>& ws)
+  // `first`: the class of the first column, where rows are a slice of longer ones.
+  Row(const Rows& rows, const ClassWeights<F>& weights, Workspace<F>& ws, int64_t first = 0)
       : rows_(rows),
         weights_(weights),
+        first_(first),
         ws_(ws),
         spec_(rows.spec),
         V_(rows.input.cols),
@@ -50,34 +84,39 @@ class Row {
         // Without a softcap the scale rides along in the exponential, and a tile holds x.
         scale_(cap_ > 0 ? F(1) : F(spec_.logit_scale)) {}
 
-  // Before anything else of row i: what its target lists, which its gradient may overwrite.
-  void begin(int64_t i) {
+  // Before anything else of row i: what its target lists, which its gradient may overwrite. `listed`: the logits of
+  // that, where the row is not there to be read.
+  void begin(int64_t i, const F* listed = nullptr) {
     picks_.clear();
     if (!spec_.indexed() || rows_.ignored(i)) return;
     for (int64_t k = i * rows_.picks; k < (i + 1) * rows_.picks; ++k) {
       const int64_t j = rows_.target[k];
       if (j == rows_.ignore_index) continue;
-      const double z = z_of(element(rows_.input, i, j));
+      const double z = z_of(listed ? double(listed[k - i * rows_.picks]) : element(rows_.input, i, j));
       const double q = spec_.listed() ? probs_of(i, k - i * rows_.picks) * weights_.of(j) : 1;
       picks_.push_back({j, z, q});
     }
     if (picks_.size() > 1) join_equal_picks();
   }
 
-  // The state of row i. Keep: leave in the workspace what gradient<true>() needs.
+  // The state of row i. Keep: leave in the workspace what gradient<true>() needs. `before`: the largest logit of slices
+  // that came before this one, about which their states are.
   template <bool Moment, bool Keep>
-  RowState<double> reduce(int64_t i, int64_t* argmax = nullptr) {
+  RowState<double> reduce(int64_t i, int64_t* argmax = nullptr, F before = -INFINITY) {
     RowState<double> state;
     shift_ = 0;
-    if (!try_reduce<Moment, Keep>(i, argmax, state)) {
+    if (!try_reduce<Moment, Keep>(i, argmax, before, state)) {
       shift_ = row_max(i);
       state = {};
-      try_reduce<Moment, Keep>(i, argmax, state);
+      try_reduce<Moment, Keep>(i, argmax, -INFINITY, state);
     }
-    if (state.sum > 0 && std::isfinite(peak_.logit)) sharpen_peak(state);
+    if (state.sum > 0 && std::isfinite(peak_.logit) && largest() > before) sharpen_peak(state);
     state.centre += shift_ * double(scale_);
     return state;
   }
+
+  // The largest logit of the row last reduced; with a softcap, after it.
+  F largest() const { return peak_.logit + shift_; }
 
   // The loss of row i, which is not ignored. Keep: gradient() may follow.
   template <bool Keep>
@@ -145,6 +184,7 @@ class Row {
 
   const Rows& rows_;
   const ClassWeights<F>& weights_;
+  const int64_t first_;
   Workspace<F>& ws_;
   const Spec& spec_;
   const int64_t V_;
@@ -240,15 +280,14 @@ class Row {
   Peak peak_{-INFINITY, Centre<F>(0, 1)};  // the row's largest logit, and what its exponential was relative to
   F shift_ = 0;  // taken from a row's logits before anything else when they are too large for Centre's arithmetic
 
-  // False where the row must be shifted first.
+  // False where the row must be shifted first. `m`: a first guess of the largest logit.
   template <bool Moment, bool Keep>
-  bool try_reduce(int64_t i, int64_t* argmax, RowState<double>& state) {
-    Centre<F> centre(0, scale_);
-    F m = -INFINITY;
+  bool try_reduce(int64_t i, int64_t* argmax, F m, RowState<double>& state) {
+    Centre<F> centre(m > -INFINITY ? m : 0, scale_);
     peak_ = {-INFINITY, centre};
     if (argmax) *argmax = 0;
     const bool keep_z = Keep && cap_ > 0;
-    bool near = true;
+    bool near = centre.exact;
     for_tiles<F>(V_, [&](int64_t j, int64_t n, int64_t t) {
       if (!near) return;
       with_logits(i, j, n, keep_z ? ws_.row + j : ws_.tile, [&](auto element, const auto* z, int64_t np) {
@@ -272,7 +311,7 @@ class Row {
         if (spec_.soft() || spec_.label_smoothing > 0) {
           const F at = F(centre.value);
           const auto plain =
-              tile_plain<E, F>(z, np, at, scale_, {spec_.soft() ? target_probs(i, j, n) : weights_.at(j), n});
+              tile_plain<E, F>(z, np, at, scale_, {spec_.soft() ? target_probs(i, j, n) : weights_.at(first_ + j), n});
           part.plain = plain.plain + times(plain.mass, at - centre.value);
           part.mass = plain.mass;
         }

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <vector>
 
+#include "head.h"
 #include "matmul.h"
 #include "pair.h"
 #include "parallel.h"
@@ -35,29 +36,6 @@ void for_rows(const Rows& rows, const ClassWeights<F>& weights, Fn&& fn) {
   });
 }
 
-// Statistics as they are kept, in F; what rounding takes from a centre, its log-sum keeps.
-template <class F>
-struct Columns {
-  F* at;
-  int64_t N;
-
-  RowStats<double> row(int64_t i) const { return {at[i], at[N + i], at[2 * N + i], at[3 * N + i], at[4 * N + i]}; }
-  PairStats<double> pair(int64_t i) const { return {at[i], at[N + i], at[2 * N + i], at[3 * N + i], at[4 * N + i]}; }
-  void put(int64_t i, const RowStats<double>& s) const {
-    put(i, {s.centre, s.log_sum + lost(s.centre), s.log_prob, s.mass, s.entropy});
-  }
-  void put(int64_t i, const PairStats<double>& s) const {
-    const double target_log_sum = s.target_log_sum + lost(s.target_centre);
-    put(i, {s.centre, s.log_sum + lost(s.centre), s.target_centre, target_log_sum, s.tilt});
-  }
-
- private:
-  static double lost(double centre) { return std::isfinite(centre) ? centre - double(F(centre)) : 0; }
-  void put(int64_t i, const double (&columns)[kStats]) const {
-    for (int k = 0; k < kStats; ++k) at[k * N + i] = F(columns[k]);
-  }
-};
-
 // Loss and statistics of a row; with extras of an ignored one, too.
 template <class F>
 RowStats<double> evaluate(Row<F>& row, int64_t i, const RowOutputs& out, double* loss) {
@@ -73,13 +51,10 @@ RowStats<double> evaluate(Row<F>& row, int64_t i, const RowOutputs& out, double*
 }
 template <class F>
 void row_loss_of(Row<F>& row, int64_t i, const Rows& rows, const RowOutputs& out, const Columns<F>& stats) {
-  const bool ignored = rows.ignored(i);
   double value = 0;
   RowStats<double> s = {};
-  if (!ignored || out.extras) s = evaluate(row, i, out, &value);
-  if (ignored) s.log_prob = s.mass = value = 0;
-  static_cast<F*>(out.loss)[i] = F(value);
-  stats.put(i, s);
+  if (!rows.ignored(i) || out.extras) s = evaluate(row, i, out, &value);
+  write_row(rows, i, value, s, out, stats);
 }
 template <class F>
 void row_loss_of(Pair<F>& pair, int64_t i, const Rows&, const RowOutputs& out, const Columns<F>& stats) {
@@ -191,7 +166,8 @@ void merge_states(const double* a, const double* b, double* out, int64_t N) {
 
 template <class F>
 constexpr Kernels kernels_in() {
-  return {FASTLOSS_ISA_NAME, row_states<F>, merge_states, row_loss<F>, row_grad<F>, row_loss_grad<F>, matmul<F>};
+  return {FASTLOSS_ISA_NAME, row_states<F>,    merge_states, row_loss<F>,
+          row_grad<F>,       row_loss_grad<F>, matmul<F>,    head_loss<F>};
 }
 
 }  // namespace

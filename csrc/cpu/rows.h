@@ -14,6 +14,7 @@ struct RowOutputs {
   int64_t* rank = nullptr;    // (N,) of class indices, or null
   bool extras = false;        // entropy too, and the statistics of ignored rows
   bool whole = false;         // stats hold those of whole rows, of which these are a part (kJS)
+  void* listed = nullptr;     // (N, picks): of head_loss, the logits of what targets list
 };
 
 struct Reduced {
@@ -48,6 +49,13 @@ struct Product {
   int threads = 1;
 };
 
+// Where logits come from that nobody keeps: hidden (N, H) times weight (H, V), plus bias (V,) of the compute type, or
+// null.
+struct Head {
+  Strided hidden, weight;
+  const void* bias = nullptr;
+};
+
 // A kernel table: `..._states` what each row's part of the vocabulary contributes, for `merge_states`; `..._loss`
 // statistics and losses; `..._grad` the gradient from them; `..._loss_grad` both at once, each row's gradient while the
 // row is in cache, which returns the reduced loss.
@@ -59,6 +67,7 @@ struct Kernels {
   void (*row_grad)(const Rows&, const void* stats, const Vector upstream[4], const Matrix& grad);
   double (*row_loss_grad)(const Rows&, const Reduced&);
   void (*matmul)(const Product&);
+  void (*head_loss)(const Rows&, const Head&, const RowOutputs&);  // row_loss of rows whose input has no address
 };
 
 }  // namespace fastloss

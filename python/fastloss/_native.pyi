@@ -31,6 +31,16 @@ def row_loss_grad(
 def matmul(
     a: tuple[int, ...], b: tuple[int, ...], out: int, stride: int, start: int, add: bool, threads: int
 ) -> None: ...
+def head_loss(
+    rows: tuple[Any, ...],
+    hidden: tuple[int, ...],
+    weight: tuple[int, ...],
+    bias: int,
+    loss: int,
+    stats: int,
+    argmax: int,
+    listed: int,
+) -> None: ...
 def available_isas() -> list[str]: ...
 def current_isa() -> str: ...
 def use_isa(isa: str) -> None: ...

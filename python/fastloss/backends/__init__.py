@@ -33,7 +33,7 @@ class Backend(NamedTuple):
     logits_dtype: Callable[[torch.dtype, torch.dtype], torch.dtype] = products.logits_dtype
     in_parts: bool = True
     takes_head: Callable[..., bool] | None = None
-    head_loss: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None
+    head_loss: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] | None = None
     head_grad: Callable[..., device.Tiles | None] | None = None
 
 
@@ -71,6 +71,8 @@ BACKENDS = (
         products_by="its own products, summed in float32 (float64 for float64)",
         matmul=native.matmul,
         logits_dtype=native.logits_dtype,
+        takes_head=native.takes_head,
+        head_loss=native.head_loss,
     ),
     _on_device("cuda", "NVIDIA GPUs, compute capability 8.0 and later", cuda.refuses, cuda.kernels),
     _on_device("triton", "GPUs that Triton knows: NVIDIA, AMD, Intel", triton.refuses, triton.kernels),

@@ -123,15 +123,15 @@ def takes_head(kernels: Kernels, rows: Rows, hidden: Tensor, head: Tensor) -> bo
 
 def head_loss(
     kernels: Kernels, rows: Rows, hidden: Tensor, head: Tensor, bias: Tensor | None, extras: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses, statistics and argmax of rows whose logits are never written."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Losses, statistics and argmax of rows whose logits are never written; of classes that targets list none."""
     assert kernels.head_stats is not None
     given = _readable_head(rows, hidden, head, bias)
     N, new, F = hidden.shape[0], hidden.new_empty, rows.compute_dtype
     loss, stats, argmax = new(N, dtype=F), new((STATS, N), dtype=F), new(N if extras else 0, dtype=torch.int64)
     if N:
         kernels.head_stats(*given, loss, stats, argmax if extras else None)
-    return loss, stats, argmax
+    return loss, stats, argmax, new((N, 0), dtype=F)
 
 
 def _readable_head(

@@ -19,6 +19,8 @@ except ImportError as error:  # a source tree, or a wheel built without its kern
 
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _num_threads = torch.get_num_threads
+FEWEST_CLASSES = 8192  # of a head whose logits never reach memory
+HEAD_OBJECTIVES = (Objective.INDEX, Objective.TOPK)
 _RECYCLE_BYTES = 8 << 20  # below this, malloc itself keeps memory warm
 
 if _native is not None and "FASTLOSS_ISA" in os.environ:
@@ -123,6 +125,30 @@ def matmul(a: Tensor, b: Tensor, out: Tensor, add: bool = False, start: Tensor |
     start = None if start is None else start.to(out.dtype).contiguous()
     first = 0 if start is None else start.data_ptr()
     _native.matmul(left, right, out.data_ptr(), out.stride(0), first, add, _num_threads())
+
+
+def takes_head(rows: Rows, hidden: Tensor, head: Tensor) -> bool:
+    """Whether head_loss computes rows like these. It shares out classes: of few, all logits are small."""
+    alike = (hidden.dtype == torch.float64) == (head.dtype == torch.float64)
+    return alike and rows.spec.objective in HEAD_OBJECTIVES and head.shape[0] >= FEWEST_CLASSES
+
+
+def head_loss(
+    rows: Rows, hidden: Tensor, head: Tensor, bias: Tensor | None, extras: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Losses, statistics and argmax of rows whose logits are never written, and the logits (N, K) of listed classes."""
+    N, F = hidden.shape[0], rows.compute_dtype
+    loss, stats = torch.empty(N, dtype=F), torch.empty((5, N), dtype=F)
+    argmax = torch.empty(N if extras else 0, dtype=torch.int64)
+    target = rows.target.contiguous()
+    listed = torch.zeros(target.shape, dtype=F)
+    weight, bias = (None if t is None else t.detach().to(F).contiguous() for t in (rows.weight, bias))
+    probs = None if rows.probs is None else rows.probs.detach().to(F).contiguous()
+    fields = rows_fields(Rows(rows.input, target, weight, rows.spec, probs), _num_threads())
+    left, right = ((t.data_ptr(), *t.shape, *t.stride(), DTYPE_CODES[t.dtype]) for t in (hidden, head.t()))
+    written = (0 if t is None else t.data_ptr() for t in (bias, loss, stats, argmax if extras else None, listed))
+    _native.head_loss(fields, left, right, *written)
+    return loss, stats, argmax, listed if rows.probs is not None else listed.new_empty((N, 0))
 
 
 def logits_dtype(hidden: torch.dtype, weight: torch.dtype) -> torch.dtype:

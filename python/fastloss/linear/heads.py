@@ -230,9 +230,10 @@ def loss_and_grads(given: LinearRows, to: Reduction, needs: list[bool]) -> tuple
     """The summed loss () over the normalizer, and what it gives to the head, for an upstream gradient of one."""
     backend, rows = given.backend(), given.rows
     grads, wanted = HeadGrads(given.head, needs, backend.matmul), any(needs)
-    if not wanted and on_chip(given, backend):
-        return reduce_rows(row_loss(given, False)[0], rows, to), grads.result(None)
     skipped = without_effect(rows, to.token_weight)
+    if not wanted and on_chip(given, backend):
+        loss = row_loss(_ignoring(given, skipped), False)[0].double()  # as the kernels of rows sum them
+        return reduce_rows(loss, rows, to).to(rows.compute_dtype), grads.result(None)
     total, divided = given.head.hidden.new_zeros((), dtype=rows.compute_dtype), False
     # A probability over the number of tokens is next to nothing in float16: what is summed in float32 is divided then.
     half = backend.logits_dtype(given.head.hidden.dtype, given.head.weight.dtype) == torch.float16
@@ -275,26 +276,34 @@ def on_chip(given: LinearRows, backend: Backend) -> bool:
     return given.teacher is None and backend.takes_head is not None and backend.takes_head(given.rows, hidden, weight)
 
 
+def _ignoring(given: LinearRows, skipped: Tensor | None) -> LinearRows:
+    """With what makes rows ignored where they are skipped."""
+    if skipped is None:
+        return given
+    _check_indices(given.rows)
+    target, rows = given.rows.target, given.rows
+    target = target.masked_fill(skipped.view(-1, *(1,) * (target.dim() - 1)), rows.spec.ignore_index)
+    return given._replace(rows=rows._replace(target=target))
+
+
 def row_loss(given: LinearRows, extras: bool, whole: Tensor | None = None) -> list[Tensor]:
-    """Losses (N,), statistics (5, N) and argmax as native.row_loss has them; of targets that list classes the logits of
-    those, (N, K); and with extras the argmax's, (N,)."""
+    """Losses (N,), statistics (5, N) and argmax as native.row_loss has them; and of targets that list classes the
+    logits of those, (N, K)."""
     backend, rows = given.backend(), given.rows
     if whole is None and on_chip(given, backend):
         assert backend.head_loss is not None
-        none = given.head.hidden.new_empty((rows.input.shape[0], 0), dtype=rows.compute_dtype)
-        return [*backend.head_loss(rows, *given.head, extras), none, none]
+        return list(backend.head_loss(rows, *given.head, extras))
     skipped = None if extras else without_effect(rows)
     N, K = rows.input.shape[0], rows.target.shape[1] if rows.probs is not None else 0
     new, F = given.head.hidden.new_zeros, rows.compute_dtype
     out = [new(N, dtype=F), new((5, N), dtype=F), new(N if extras else 0, dtype=torch.int64)]
-    out += [new((N, K), dtype=F), new(N if extras else 0, dtype=F)]
+    out.append(new((N, K), dtype=F))
     for chunk in chunks(given, backend, skipped):
         within = () if whole is None else (whole[:, chunk.where].contiguous(),)
         loss, stats, argmax, _ = backend.row_loss(chunk.rows, extras, *within)
         out[0][chunk.where], out[1][:, chunk.where] = loss, stats
         if extras:
             out[2][chunk.where] = argmax
-            out[4][chunk.where] = chunk.rows.input.gather(1, argmax[:, None])[:, 0].to(F)
         if K:
             listed = torch.where(chunk.rows.target == rows.spec.ignore_index, 0, chunk.rows.target)
             out[3][chunk.where] = chunk.rows.input.gather(1, listed).to(F)

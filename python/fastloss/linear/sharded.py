@@ -17,7 +17,7 @@ from torch import Tensor
 from ..parallel import VocabShard
 from ..parallel.merge import Log, PartLoss, Whole, rows_of
 from ..parallel.rows import PLAIN, Asked, Outcome, check, gradients, of_part, outcome, over_ranks, refuse_formula
-from ..spec import Rows
+from ..spec import COMPUTE_DTYPE, Rows
 from . import heads
 from .heads import Chunk, Head, HeadGrads, LinearRows
 from .rows import as_inputs, flat, needs_of, record, save, saved
@@ -52,8 +52,15 @@ class ShardedHead(torch.autograd.Function):
 
 
 def _compute(given: LinearRows, local: Rows, extras: bool, picks: bool, whole: Tensor | None) -> PartLoss:
-    loss, stats, argmax, logits, top = heads.row_loss(given._replace(rows=local), extras, whole)
-    return PartLoss(loss, stats, argmax, top, logits)
+    loss, stats, argmax, logits = heads.row_loss(given._replace(rows=local), extras, whole)
+    return PartLoss(loss, stats, argmax, _logits_of(given.head, argmax) if extras else loss, logits)
+
+
+def _logits_of(head: Head, index: Tensor) -> Tensor:
+    """Of one class of each row."""
+    dtype = COMPUTE_DTYPE[head.dtype]
+    logits = (head.hidden.to(dtype) * head.weight[index].to(dtype)).sum(-1)
+    return logits if head.bias is None else logits + head.bias[index].to(dtype)
 
 
 def _head_grads(
