@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -312,6 +313,29 @@ def test_dtensors(two):
         torch.testing.assert_close(found, [want.detach(), hidden.grad, head.grad])
 
 
+def of_a_sequence() -> list[Any]:
+    """The ranks that share the vocabulary share the rows as well."""
+    mesh = init_device_mesh("cpu", (2,))
+    hidden = distribute_tensor(numbers(N, H), mesh, [Shard(0)]).requires_grad_()
+    head = distribute_tensor(numbers(V, H, seed=3), mesh, [Shard(0)]).requires_grad_()
+    loss = fastloss.linear_cross_entropy(hidden, head, classes())
+    with CommDebugMode() as backward:
+        loss.backward()
+    assert hidden.grad.placements == (Shard(0),)
+    counts = {str(op): count for op, count in backward.get_comm_counts().items()}
+    return [loss.full_tensor().detach(), hidden.grad.full_tensor(), head.grad.full_tensor(), counts]
+
+
+def test_sequence_parallelism(two):
+    """The hidden states' gradient is scattered as it is summed."""
+    hidden, head = numbers(N, H).requires_grad_(), numbers(V, H, seed=3).requires_grad_()
+    want = F.cross_entropy(hidden @ head.T, classes())
+    want.backward()
+    for *found, counts in two.run(of_a_sequence):
+        torch.testing.assert_close(found, [want.detach(), hidden.grad, head.grad])
+        assert len(counts) == 1 and "reduce_scatter" in next(iter(counts)), counts
+
+
 def on_a_mesh() -> list[Tensor]:
     """Rows over one dimension, classes over the other."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
@@ -419,3 +443,20 @@ def test_data_parallel(two):
         want = F.cross_entropy(torch.cat(xs), torch.cat(ys))
         want.backward()
         torch.testing.assert_close([found[0][0], found[0][1], found[1][1]], [want.detach(), xs[0].grad, xs[1].grad])
+
+
+def dying() -> None:
+    """One of the ranks is gone before the others call."""
+    shard = VocabShard.even(V)
+    if dist.get_rank() == 1:
+        os._exit(1)
+    fastloss.cross_entropy(mine(numbers(N, V), shard), classes(), shard=shard)
+
+
+def test_a_rank_that_dies():
+    """torch.distributed's error, not silence."""
+    with ranks(2) as pair:
+        for pipe in pair.pipes:
+            pipe.send((dying, ()))
+        worked, (error, _) = pair.pipes[0].recv()
+    assert not worked and isinstance(error, RuntimeError)

@@ -72,7 +72,7 @@ def _head_grads(
     under_way: list[Any] = []
 
     def sum_hidden() -> None:
-        if shard.ranks > 1 and needs[0]:
+        if shard.ranks > 1 and needs[0] and shard.sum_hidden:
             under_way.append(dist.all_reduce(grads.hidden, group=shard.group, async_op=True))
 
     def write(chunk: Chunk) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import wraps
 from typing import Any, TypeVar
 
@@ -49,8 +50,12 @@ def _on_parts(function: Callable[..., Any], bound: inspect.BoundArguments) -> An
     shard = VocabShard.even(classes.shape[dims[source]], mesh.get_group(axes[0])) if axes else None
     rows = [None if a in axes or not isinstance(p, Shard) else p.dim for a, p in enumerate(input.placements)]
     _check_reduction(given, rows)
+    scattered = [a for a in axes if source != "input" and isinstance(input.placements[a], Shard)]
+    if shard is not None and scattered:  # the ranks of the vocabulary share the rows too: sequence parallelism
+        shard = replace(shard, sum_hidden=False)
+    grads = {name: [a for a, d in enumerate(rows) if d is not None] for name in _HEADS} | {"input": scattered}
     local: dict[str, Any] = {
-        name: _local(value, dims.get(name), axes, shard, rows if name in _HEADS else None)
+        name: _local(value, dims.get(name), axes, shard, grads.get(name, []))
         for name, value in given.items()
         if isinstance(value, Tensor)
     }
@@ -96,11 +101,10 @@ def _check_reduction(given: dict[str, Any], rows: list[int | None]) -> None:
         )
 
 
-def _local(
-    value: Tensor, dim: int | None, axes: list[int], shard: VocabShard | None, rows: list[int | None] | None
-) -> Tensor:
+def _local(value: Tensor, dim: int | None, axes: list[int], shard: VocabShard | None, partial: list[int]) -> Tensor:
     """What this rank has of a tensor: of its class dimension, if it has one, the shard's part; over the vocabulary's
-    mesh dimension all of the rest. A head's gradient is summed over mesh dimensions that shard the rows."""
+    mesh dimension all of the rest. The gradient is `partial`, and to be summed, over these mesh dimensions: a head's
+    over those that shard the rows."""
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
     if not isinstance(value, DTensor):
@@ -112,9 +116,7 @@ def _local(
     for axis in axes:
         placements[axis] = Replicate() if dim is None else Shard(dim)
     value = value.redistribute(placements=placements) if placements != list(value.placements) else value
-    if rows is None:
-        return value.to_local()
-    grads = [p if d is None else Partial() for p, d in zip(placements, rows, strict=True)]
+    grads = [Partial() if a in partial else p for a, p in enumerate(placements)]
     return value.to_local(grad_placements=grads)
 
 

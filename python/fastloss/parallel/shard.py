@@ -31,12 +31,16 @@ class VocabShard:
             part may be empty.
         vocab_size: V, without padding.
         group: a ``torch.distributed`` process group, or None: all ranks. A group of one rank communicates nothing.
+        sum_hidden: whether a loss of hidden states sums their gradient over the ranks. False leaves each rank what its
+            classes give, for who sums it otherwise: the reduce-scatter of sequence parallelism. DTensors whose rows the
+            same ranks share have that by themselves.
     """
 
     start: int
     stop: int
     vocab_size: int
     group: dist.ProcessGroup | None = None
+    sum_hidden: bool = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.start <= self.stop <= self.vocab_size:
