@@ -4,7 +4,6 @@ measures no GPU's time.
 
     python benchmarks/scaling.py [--vocab V ...] [--rows N ...] [--hidden H ...] [--tflops F] [--latency-scale X]
     python benchmarks/scaling.py --measure        # the same messages over Gloo, between two processes of this machine
-    python benchmarks/scaling.py --plot docs/scaling.png
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ def size(count: float) -> str:
     """Bytes, as people read them."""
     for unit, least in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
         if count >= least:
-            return f"{count / least:.3g} {unit}"
+            return f"{count / least:.{3 if count < 1000 * least else 4}g} {unit}"
     return f"{count:.0f} B"
 
 
@@ -167,23 +166,6 @@ def memory_table(tps: Sequence[int]) -> Table:
     ]
 
 
-def plot(path: str, model: Model) -> None:
-    """Time against tp, for the alternatives."""
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, len(ROWS), figsize=(13, 4), sharey=True)
-    for n, axis in zip(ROWS, axes, strict=True):
-        for name, way in WAYS.items():
-            fabric = FABRICS["nvl72"]
-            axis.plot(TPS, [model.time(fabric, tp, way(n, tp)) for tp in TPS], marker="o", label=name)
-        axis.set(title=f"N = {n}", xlabel="ranks", xscale="log", yscale="log", xticks=TPS, xticklabels=TPS)
-    axes[0].set_ylabel("modelled time of a forward's collectives, us")
-    axes[0].legend()
-    figure.suptitle("Modelled, not measured: cross-entropy over a vocabulary shared by the ranks of one NVL72")
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
-
-
 def report(args: argparse.Namespace) -> None:
     """All tables."""
     model = Model(args.latency_scale)
@@ -216,16 +198,13 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--measure", action="store_true", help="send the messages over Gloo, between two processes")
     parser.add_argument("--rounds", type=int, default=15, help="of which --measure takes the median")
     parser.add_argument("--measure-vocab", type=int, default=16384, help="V of the logits that --measure gathers")
-    parser.add_argument("--plot", metavar="FILE")
     return parser.parse_args(given)
 
 
 def main(given: Sequence[str] | None = None) -> None:
     """The command."""
     args = arguments(given)
-    if args.plot:
-        plot(args.plot, Model(args.latency_scale))
-    elif args.measure:
+    if args.measure:
         head = ("N", "way", "sent by a rank", "ms of each collective", "ms together")
         show(f"Gloo, 2 processes, medians of {args.rounds}", head, measured(args.rows, args.measure_vocab, args.rounds))
     else:

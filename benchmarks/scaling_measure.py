@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -19,7 +19,7 @@ from scaling_messages import WAYS, Message, logits_ways
 from fastloss.parallel.shard import _all_gather
 
 RANKS = 2
-_MOST = 128 << 20  # bytes of logits that a rank sends
+_LONG, _MOST = 1 << 20, 128 << 20  # bytes that a rank sends
 
 
 def _prepared(message: Message) -> Callable[[], Any]:
@@ -46,8 +46,10 @@ def _rank(rank: int, store: str, work: list[list[Message]], rounds: int, out: An
     times: list[list[list[float]]] = [[[] for _ in messages] for messages in work]
     for message in chain(*work):
         _timed(message)
-    for _ in range(rounds):  # the ways take turns, so that what else the machine does meets them alike
-        for messages, found in zip(work, times, strict=True):
+    # The ways take turns, so that what else the machine does meets them alike; logits after all that is short.
+    short = [sum(m.bytes for m in messages) < _LONG for messages in work]
+    for turn, _ in product((True, False), range(rounds)):
+        for messages, found in (pair for pair, is_short in zip(zip(work, times), short) if is_short == turn):
             for message, seen in zip(messages, found, strict=True):
                 seen.append(_timed(message))
     if rank == 0:

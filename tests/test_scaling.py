@@ -98,7 +98,8 @@ def test_tables(capsys):
 def test_the_document_shows_what_is_printed(capsys):
     """Between the marks of docs/scaling.md; it may leave rows out."""
     document = (Path(scaling.__file__).parent.parent / "docs" / "scaling.md").read_text()
-    shown = [line for part in document.split("<!-- printed -->")[1:] for line in part.split("<!-- end -->")[0].split("\n")]
+    parts = [part.split("<!-- end -->")[0] for part in document.split("<!-- printed -->")[1:]]
+    shown = [line for part in parts for line in part.splitlines()]
     scaling.main([])
     printed = set(capsys.readouterr().out.splitlines())
     assert len(shown) > 50
