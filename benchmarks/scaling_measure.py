@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
-from itertools import chain, product
+from itertools import chain
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -46,12 +46,14 @@ def _rank(rank: int, store: str, work: list[list[Message]], rounds: int, out: An
     times: list[list[list[float]]] = [[[] for _ in messages] for messages in work]
     for message in chain(*work):
         _timed(message)
-    # The ways take turns, so that what else the machine does meets them alike; logits after all that is short.
-    short = [sum(m.bytes for m in messages) < _LONG for messages in work]
-    for turn, _ in product((True, False), range(rounds)):
-        for messages, found in (pair for pair, is_short in zip(zip(work, times), short) if is_short == turn):
-            for message, seen in zip(messages, found, strict=True):
-                seen.append(_timed(message))
+    # The ways take turns, so that what else the machine does meets them alike; logits come after all that is short.
+    both = list(zip(work, times, strict=True))
+    for turn in (True, False):
+        those = [pair for pair in both if (sum(m.bytes for m in pair[0]) < _LONG) == turn]
+        for _ in range(rounds):
+            for messages, found in those:
+                for message, seen in zip(messages, found, strict=True):
+                    seen.append(_timed(message))
     if rank == 0:
         out.put([[median(seen) for seen in found] for found in times])
     dist.barrier()
