@@ -138,16 +138,16 @@ def hidden_table(hidden: Sequence[int], vocab: Sequence[int], tflops: float, mod
             fabric, total, rows = FABRICS[name], 4 * HIDDEN_ROWS * H, chunk_rows(HIDDEN_ROWS, V, tp)
             reduce = model.all_reduce(fabric, tp, total, "sum")
             weight = 2 * HIDDEN_ROWS * H * V / tp / tflops / 1e6
-            last = weight * rows / HIDDEN_ROWS
-            figures = [reduce, model.reduce_scatter(fabric, tp, total), weight, last, max(0.0, reduce - last)]
-            figures.append(_not_hidden(HIDDEN_ROWS / rows, last, model.all_reduce(fabric, tp, 4 * rows * H, "sum")))
+            of_chunk = weight * rows / HIDDEN_ROWS
+            sums = model.all_reduce(fabric, tp, 4 * rows * H, "sum")
+            figures = [reduce, model.reduce_scatter(fabric, tp, total), weight]
+            figures.append(_not_hidden(HIDDEN_ROWS / rows, of_chunk, sums))
             table.append([fabric.name, str(tp), str(H), str(V), *(f"{figure:.0f}" for figure in figures)])
     return table
 
 
 def _not_hidden(chunks: float, product: float, sum_of_chunk: float) -> float:
-    """If each chunk's part were summed as soon as it is there: what goes on after the last product. A chunk has three
-    products, and its part is there after the second."""
+    """What goes on after the last product. A chunk has three, and its part is summed when the second has made it."""
     now = done = 0.0
     for _ in range(ceil(chunks)):
         now += 2 * product
@@ -179,10 +179,10 @@ def report(args: argparse.Namespace) -> None:
     show(title, ("ranks on", "tp", *list(WAYS)[2:]), crossover_table(args.tp))
     head = ("V", "N", f"received, {ranks[0]}", f"received, {ranks[-1]}", *(f"ms, {tp}" for tp in ranks))
     show("Gathering logits (bfloat16), modelled on NVL72", head, logits_table(args.vocab, args.rows, args.tp, model))
-    head = ("ranks on", "tp", "H", "V", "all-reduce", "reduce-scatter", "weight product", "its last chunk")
+    head = ("ranks on", "tp", "H", "V", "all-reduce", "reduce-scatter", "weight product")
     title = f"Sum of d_hidden, float32, N = {HIDDEN_ROWS}, at {args.tflops:g} TFLOP/s, modelled us"
     table = hidden_table(args.hidden, args.vocab, args.tflops, model)
-    show(title, (*head, "not hidden", "not hidden, by chunks"), table)
+    show(title, (*head, "not hidden"), table)
     show("Bytes a row", ("tp", "kept for the backward", "gathered", "peak of the merge"), memory_table(args.tp))
 
 

@@ -184,7 +184,7 @@ def linear_cross_entropy(
         normalizer = arguments.as_normalizer(normalizer, x, reduction)
     to = Reduction(reduction, token_weight, normalizer, arguments.loss_dtype(logits, target, weight, out_dtype))
     filter_eps = arguments.check_filter_eps(filter_eps)
-    limit = heads.rows_at_once(x, max_chunk_bytes, False, getattr(options, "batch_chunk_size", None))
+    limit = heads.rows_at_once(x, max_chunk_bytes, False, getattr(options, "batch_chunk_size", None), shard)
     rows = Rows(x, y, weight, spec)
     parts = [LinearRows(some, part, None, limit, filter_eps) for some, part in _parts(rows, head)]
     if not return_stats and len(parts) == 1:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..backends import Backend, choose_for, native
 from ..backends.device import Tiles
+from ..parallel import VocabShard
 from ..reduction import reduce_rows, valid_rows
 from ..spec import COMPUTE_DTYPE, Reduction, Rows
 
@@ -77,28 +78,32 @@ def flattened(head: Head) -> Head:
     return head._replace(hidden=head.hidden.flatten(0, -2) if head.hidden.dim() > 1 else head.hidden[None])
 
 
-def rows_at_once(logits: Tensor, max_chunk_bytes: int, teacher: bool, rows: int | None = None) -> int:
+def rows_at_once(
+    logits: Tensor, max_chunk_bytes: int, teacher: bool, rows: int | None = None, shard: VocabShard | None = None
+) -> int:
     """How many rows' logits (N, V) may exist at once, from the bytes that the caller allows (those of float32 where
-    they are 16-bit, as a product may leave them) or from their number."""
+    they are 16-bit, as a product may leave them) or from their number. The same for all ranks of a shard, which sum
+    their chunks: as if its parts were even."""
     if not isinstance(max_chunk_bytes, int) or max_chunk_bytes < 1:
         raise ValueError(f"max_chunk_bytes: expected a number of bytes > 0, got {max_chunk_bytes!r}")
     if rows is not None:
         return rows
-    row = logits.shape[1] * COMPUTE_DTYPE[logits.dtype].itemsize * (2 if teacher else 1)
+    V = logits.shape[1] if shard is None else -(-shard.vocab_size // shard.ranks)
+    row = V * COMPUTE_DTYPE[logits.dtype].itemsize * (2 if teacher else 1)
     return max(1, max_chunk_bytes // max(row, 1))
 
 
 class HeadGrads:
     """The gradients of hidden states (N, H), weight (V, H) and bias (V,), summed over chunks in the compute dtype; each
-    only where it is needed, else empty. `on_hidden` is called when the first is complete; with `hidden` it is added to
-    that."""
+    only where it is needed, else empty. Of the first, `on_hidden` is given each chunk's rows and their part, and puts
+    it there if the rows are no slice; with `hidden` it is added to that."""
 
     def __init__(
         self,
         head: Head,
         needs: list[bool],
         matmul: Callable[..., None],
-        on_hidden: Callable[[], None] = lambda: None,
+        on_hidden: Callable[[slice | Tensor, Tensor], None] | None = None,
         hidden: Tensor | None = None,
     ) -> None:
         self.head, self.matmul, self.on_hidden, self.started = head, matmul, on_hidden, False
@@ -117,10 +122,10 @@ class HeadGrads:
             there = self.adds or isinstance(where, slice)
             part = self.hidden[where] if there else self.hidden.new_empty(hidden.shape)
             matmul(dlogits, self.head.weight, part, self.adds)
-            if isinstance(where, Tensor):
+            if self.on_hidden is not None:
+                self.on_hidden(where, part)
+            elif isinstance(where, Tensor):
                 self.hidden[where] = part
-            if chunk.last:
-                self.on_hidden()
         if self.needs[1]:
             matmul_t(dlogits.t(), hidden, self.weight, self.started)
         if self.needs[2]:
@@ -148,7 +153,6 @@ class Chunk(NamedTuple):
     where: slice | Tensor
     hidden: Tensor
     rows: Rows
-    last: bool
 
     def of(self, vector: Tensor | None) -> Tensor | None:
         """A vector's (N, ...) part of these rows."""
@@ -176,7 +180,7 @@ def chunks(given: LinearRows, backend: Backend, skipped: Tensor | None = None, f
         else:
             target = _fill(target_buffer, teacher.hidden[where], teacher, backend)
         probs = None if rows.probs is None else rows.probs[where]
-        yield Chunk(where, hidden, rows._replace(input=logits, target=target, probs=probs), begin + size >= N)
+        yield Chunk(where, hidden, rows._replace(input=logits, target=target, probs=probs))
 
 
 def _check_indices(rows: Rows) -> None:

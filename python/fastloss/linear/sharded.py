@@ -66,17 +66,20 @@ def _logits_of(head: Head, index: Tensor) -> Tensor:
 def _head_grads(
     given: LinearRows, local: Rows, shard: VocabShard, whole: Whole, upstream: Any, needs: list[bool]
 ) -> list[Tensor]:
-    """Of this rank's part of the head, and of the hidden states over all ranks: their sum is under way while the last
-    chunk's part of the weight's is made."""
+    """Of this rank's part of the head, and of the hidden states over all ranks: a chunk's sum is under way while its
+    part of the weight's, and the next chunk, are made."""
     backend, rows = given.backend(), given.rows
-    under_way: list[Any] = []
+    under_way: list[tuple[Any, slice | Tensor, Tensor]] = []
 
-    def sum_hidden() -> None:
-        if shard.ranks > 1 and needs[0] and shard.sum_hidden:
-            under_way.append(dist.all_reduce(grads.hidden, group=shard.group, async_op=True))
+    def sum_hidden(where: slice | Tensor, part: Tensor) -> None:
+        sums = shard.ranks > 1 and shard.sum_hidden
+        work = dist.all_reduce(part, group=shard.group, async_op=True) if sums else None
+        under_way.append((work, where, part))
 
     def write(chunk: Chunk) -> None:
         logits, where = chunk.rows.input, chunk.where
+        if not shard.part.size:
+            return
         target = chunk.rows.target if given.teacher is not None else rows.target[where]
         of_all = rows._replace(input=logits, target=target, probs=chunk.of(rows.probs))
         row_grad = lambda part, stats, g: backend.row_grad(part, stats, g, part.input)  # noqa: E731
@@ -84,15 +87,12 @@ def _head_grads(
 
     skipped = None if any(g is not None for g in upstream[1:4]) else heads.without_effect(rows, upstream[0])
     grads = HeadGrads(given.head, needs, backend.matmul, sum_hidden)
-    if shard.part.size:
-        found = heads.sum_up(given._replace(rows=local), grads, write, skipped)
-    else:
-        grads.hidden.zero_()
-        if len(rows.input) and (skipped is None or not bool(skipped.all())):
-            sum_hidden()
-        found = grads.result(skipped)
-    for work in under_way:
-        work.wait()
+    found = heads.sum_up(given._replace(rows=local), grads, write, skipped)
+    for work, where, part in under_way:
+        if work is not None:
+            work.wait()
+        if isinstance(where, Tensor):
+            grads.hidden[where] = part
     return found
 
 
