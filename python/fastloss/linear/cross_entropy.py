@@ -114,7 +114,7 @@ def linear_cross_entropy(
         z_loss, softcap, logit_scale, token_weight, normalizer, out_dtype, return_stats: as in `cross_entropy`.
         max_chunk_bytes: logits that may exist at once; one row's always may. Packed operands of the products take a few
             MiB more.
-        filter_eps: gradient filtering (Wijmans et al. 2024, arXiv:2411.09009, section 4.3, with 2**-12 for bfloat16).
+        filter_eps: gradient filtering (Wijmans et al. 2024, arXiv:2411.09009, with 2**-12 for bfloat16).
             A tile of rows x classes of which every |softmax - target| is smaller counts as zero, and its part of the
             gradients' products is not computed. No entry of the logits' gradient is off by as much as filter_eps times
             the upstream gradient of its row (with several of a row, their absolute sum); docs/math.md measures what
