@@ -90,16 +90,25 @@ class OneProcess:
     def step(self, inputs: Tensor, targets: Tensor) -> float:
         """The loss of these rows, (B, T), before the step."""
         self.optimizer.zero_grad()
-        loss = self.gradients(inputs, targets)
+        loss = self.backward(inputs, targets)
+        clip(self.grads(), self.squares().sqrt())
         self.optimizer.step()
         self.schedule.step()
         return loss.item()
 
-    def gradients(self, inputs: Tensor, targets: Tensor) -> Tensor:
+    def backward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """The loss of all rows, with all gradients made."""
         loss = cross_entropy(self.model(inputs).flatten(0, 1), targets.flatten())
         loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRADIENT)
         return loss.detach()
+
+    def grads(self) -> list[Tensor]:
+        """What this rank has of them."""
+        return [p.grad for p in self.model.parameters()]
+
+    def squares(self) -> Tensor:
+        """The sum of all gradients' squares."""
+        return sum_of_squares(self.grads())
 
 
 class TensorParallel(OneProcess):
@@ -118,27 +127,26 @@ class TensorParallel(OneProcess):
         self.body = [p for p in model.parameters() if p is not self.rows]
         return WithLoss(model, self.shard)
 
-    def gradients(self, inputs: Tensor, targets: Tensor) -> Tensor:
+    def backward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         loss = self.model(*part_of(inputs, targets, self.data))
         loss.backward()
         # Over "tensor" nothing is to be done: the loss has summed the gradient of the hidden states there.
-        grads = [p.grad for p in self.model.parameters()]
-        for grad in grads:
+        for grad in self.grads():
             average(grad, self.data)
-        nn.utils.clip_grads_with_norm_(self.model.parameters(), MAX_GRADIENT, self.norm())
         return average(loss.detach(), self.data)
 
-    def norm(self) -> Tensor:
-        """The gradient's: of the embedding over all ranks' rows, of the body, which all have, once."""
-        squares = self.rows.grad.square().sum()
-        dist.all_reduce(squares, group=self.tensor)
-        return (squares + nn.utils.get_total_norm([p.grad for p in self.body]).square()).sqrt()
+    def squares(self) -> Tensor:
+        """Of the embedding those of all ranks' rows; of the body, which each rank has, once."""
+        of_rows = sum_of_squares([self.rows.grad])
+        dist.all_reduce(of_rows, group=self.tensor)
+        return of_rows + sum_of_squares([p.grad for p in self.body])
 
     def figures(self) -> dict[str, Any]:
         """What to show of this rank, after training."""
         return {
-            "rows of the batch on": f"{dist.get_world_size(self.data)} ranks",
-            "vocabulary on": f"{self.shard.ranks} ranks, {len(self.rows):,} of {self.shard.vocab_size:,} rows each",
+            "ranks that share the batch": dist.get_world_size(self.data),
+            "ranks that share the vocabulary": self.shard.ranks,
+            "the first's rows of the head": f"{len(self.rows):,} of {self.shard.vocab_size:,}",
             "copies of parameters differ by": self.spread(),
         }
 
@@ -167,17 +175,25 @@ class FullySharded(OneProcess):
             fully_shard(block, mesh=self.mesh)
         return fully_shard(WithLoss(model), mesh=self.mesh)
 
-    def gradients(self, inputs: Tensor, targets: Tensor) -> Tensor:
+    def backward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         loss = self.model(*part_of(inputs, targets, self.data))
         loss.backward()  # and FSDP averages the gradients
-        nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRADIENT)
         return average(loss.detach(), self.data)
 
+    def grads(self) -> list[Tensor]:
+        return [grad.to_local() for grad in super().grads()]
+
+    def squares(self) -> Tensor:
+        of_parts = super().squares()
+        dist.all_reduce(of_parts, group=self.data)
+        return of_parts
+
     def figures(self) -> dict[str, Any]:
-        kept = sum(p.to_local().numel() for p in self.model.parameters())
+        parameters = list(self.model.parameters())
+        kept, all_there_are = sum(p.to_local().numel() for p in parameters), sum(p.numel() for p in parameters)
         return {
-            "rows of the batch on": f"{self.mesh.size()} ranks",
-            "parameters on each": f"{kept:,} of {sum(p.numel() for p in self.model.parameters()):,}",
+            "ranks that share the batch": self.mesh.size(),
+            "the first's parameters": f"{kept:,} of {all_there_are:,}",
         }
 
 
@@ -185,6 +201,19 @@ def part_of(inputs: Tensor, targets: Tensor, group: dist.ProcessGroup) -> tuple[
     """This rank's sequences of a batch: as many as any other's, so that the mean of means is the mean."""
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     return inputs.chunk(ranks)[rank], targets.chunk(ranks)[rank]
+
+
+def sum_of_squares(grads: list[Tensor]) -> Tensor:
+    # Not torch's norm, whose float32 sums of millions of numbers on CPUs go wrong by some ten-thousandths: by another
+    # amount of a part than of the whole, so that the curves would drift apart.
+    return torch.stack([grad.square().sum() for grad in grads]).sum()
+
+
+def clip(grads: list[Tensor], norm: Tensor) -> None:
+    """As nn.utils.clip_grad_norm_, whatever the norm is of."""
+    scale = (MAX_GRADIENT / (norm + 1e-6)).clamp(max=1)
+    for grad in grads:
+        grad.mul_(scale)
 
 
 def average(values: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -225,7 +254,7 @@ def described(curves: list[tuple[float, float]]) -> dict[str, Any]:
         "loss at first": curves[0][0],
         "loss at last": curves[-1][0],
         "at last, on one rank": curves[-1][1],
-        "largest difference": max(abs(many - one) for many, one in curves),
+        "largest difference": torch.tensor([abs(many - one) for many, one in curves]).max().item(),  # NaN if any is
     }
 
 
