@@ -8,13 +8,16 @@ SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc python -name '*.cpp' 
 CXX_FILES = $$(git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 SANITIZED := build/sanitize/site
 
-.PHONY: help demo test test-all sanitize lint format bench bench-quick gpu-traffic docs wheel aarch64 clean
+.PHONY: help demo train-tp test test-all sanitize lint format bench bench-quick gpu-traffic docs wheel aarch64 clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 demo: $(VENV)/.demo  ## train a small language model twice, with torch's loss and with ours (TEXT=path: on your text)
 	$(BIN)/python examples/train_lm.py $(if $(TEXT),--text "$(TEXT)")
+
+train-tp: $(VENV)/.demo  ## the same model where two processes share its vocabulary, beside one that has it all
+	$(BIN)/python -m torch.distributed.run --standalone --nproc-per-node 2 examples/train_tp.py
 
 test: $(VENV)/.test  ## the tests (not the ones that need minutes or many gigabytes)
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
