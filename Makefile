@@ -20,7 +20,7 @@ train-tp: $(VENV)/.demo  ## the same model where two processes share its vocabul
 	$(BIN)/python -m torch.distributed.run --standalone --nproc-per-node 2 examples/train_tp.py
 
 test: $(VENV)/.test  ## the tests (not the ones that need minutes or many gigabytes)
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow" -n logical --dist worksteal $(PYTEST_ARGS)
 
 test-all: $(VENV)/.test  ## all tests
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

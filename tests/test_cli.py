@@ -145,7 +145,8 @@ def test_bench_quick(tmp_path):
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     assert report["settings"]["rounds"] == 3
     assert report["skipped"] == {}
-    assert set(report["records"]) == {"small calls", "peak memory", "linear memory", "import time", "error"}
+    records = {"small calls", "peak memory", "linear memory", "shared vocabulary", "import time", "error"}
+    assert set(report["records"]) == records
     names = [case["name"] for case in report["cases"]]
     assert len(set(names)) == len(names) > 5
     for case in report["cases"]:
@@ -188,6 +189,8 @@ def check_records(records: dict) -> None:
         assert row["fastloss_mib"] < 0.5 * row["gradient_mib"]
     for row in records["linear memory"]:
         assert row["fastloss_mib"] < row["torch_mib"]
+    for row in records["shared vocabulary"]:
+        assert all(value > 0 for name, value in row.items() if name != "case")
     for row in records["error"]:
         for part in ("loss", "grad"):
             assert row[f"fastloss_{part}"] <= 2 * row[f"torch_{part}"], row

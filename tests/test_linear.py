@@ -3,8 +3,8 @@ textbook of all logits; then what is about the product: chunks, gradients that a
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -17,6 +17,7 @@ from torch import Tensor
 
 import fastloss
 from fastloss.backends import native
+from fastloss.linear import heads
 
 
 @pytest.fixture(autouse=True)
@@ -25,8 +26,10 @@ def few_classes_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "FEWEST_CLASSES", 0)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+HOW = [(d, r) for d in (torch.float32, torch.bfloat16) for r in ("mean", "none")] + [(torch.float64, "sum")]
+
+
+@pytest.mark.parametrize(("dtype", "reduction"), HOW, ids=str)
 @pytest.mark.parametrize("case", ALL_CASES, ids=lambda case: case.name)
 def test_case(engine, case, dtype, reduction, generator):
     per_row = case.function == "selective_log_softmax"
@@ -447,29 +450,54 @@ def test_language_model_recipes(generator):
         lm.causal_lm_loss(hidden, labels, linear_bias=bias)
 
 
-def test_memory_is_that_of_a_chunk():
-    """Beyond inputs and gradients, whatever N and V are: counted by torch's own profiler and by recycled buffers."""
-    from fastloss.linear import heads
-
-    sizes = []
-    original = heads._empty
+@contextmanager
+def allocations() -> Iterator[list[tuple[tuple[int, ...], int]]]:
+    """Shapes and bytes of what is made to be written by kernels and products."""
+    sizes: list[tuple[tuple[int, ...], int]] = []
+    original = heads.empty
 
     def counted(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         made = original(shape, dtype, device)
         sizes.append((tuple(shape), made.nbytes))
         return made
 
-    heads._empty = counted
+    heads.empty = counted
     try:
-        for N, V in (64, 5000), (256, 5000), (256, 20000):
-            sizes.clear()
-            hidden, weight = (torch.randn(n, 16).requires_grad_() for n in (N, V))
-            fastloss.linear_cross_entropy(hidden, weight, torch.zeros(N, dtype=torch.int64), max_chunk_bytes=1 << 20)
-            gc.collect()
-            scratch = [nbytes for shape, nbytes in sizes if shape not in ((N, 16), (V, 16), (V,), (0,))]
-            assert len(scratch) == 1 and scratch[0] <= 1 << 20
+        yield sizes
     finally:
-        heads._empty = original
+        heads.empty = original
+
+
+@pytest.mark.parametrize(("N", "V"), [(64, 5000), (256, 5000), (256, 20000)])
+def test_memory_is_that_of_a_chunk(N, V):
+    """Beyond inputs and gradients, whatever N and V are."""
+    hidden, weight = (torch.randn(n, 16).requires_grad_() for n in (N, V))
+    with allocations() as sizes:
+        fastloss.linear_cross_entropy(hidden, weight, torch.zeros(N, dtype=torch.int64), max_chunk_bytes=1 << 20)
+    scratch = [nbytes for shape, nbytes in sizes if shape not in ((N, 16), (V, 16), (V,), (0,))]
+    assert len(scratch) == 1 and scratch[0] <= 1 << 20
+
+
+@pytest.mark.parametrize(("N", "V"), [(64, 20000), (512, 20000)])
+def test_memory_of_a_16_bit_head(N, V):
+    """Its float32 sums share the bytes with the logits: a block of classes at a time."""
+    hidden, weight = (torch.randn(n, 32).bfloat16().requires_grad_() for n in (N, V))
+    with allocations() as sizes:
+        loss = fastloss.linear_cross_entropy(hidden, weight, torch.zeros(N, dtype=torch.int64), max_chunk_bytes=1 << 20)
+        loss.backward()
+    logits = max(nbytes for shape, nbytes in sizes if len(shape) == 2 and shape[1] not in (32,))
+    sums = max(
+        nbytes for shape, nbytes in sizes if len(shape) == 2 and shape[0] < V and shape[1] == 32 and shape[0] != N
+    )
+    assert logits + sums <= 1 << 20
+
+
+@pytest.mark.parametrize("case", ALL_CASES[::3], ids=lambda case: case.name)
+def test_16_bit_heads_in_one_piece(engine, case, generator):
+    """The other cases' sums are of blocks; here there is memory enough for all."""
+    call = Call(case, 16, 65, torch.bfloat16, generator)
+    upstream = case.upstream(16, generator) if case.function == "selective_log_softmax" else None
+    assert_as_good_as_torch(call, upstream, max_chunk_bytes=1 << 20)
 
 
 BAD = {
@@ -512,11 +540,12 @@ def test_bad_teachers():
 
 def test_explain_says_who_makes_the_logits():
     h, w, y = torch.randn(6, H).bfloat16(), torch.randn(50, H).bfloat16(), torch.arange(6)
-    assert "its own products, summed in float32" in fastloss.explain(h, y, linear_weight=w)
+    said = fastloss.explain(h, y, linear_weight=w)
+    assert "its own products, summed in float32" in said and "scoring    without logits in memory" in said
     with fastloss.use_backend("reference"):
-        lines = fastloss.explain(h, y, linear_weight=w).splitlines()[-2:]
+        lines = fastloss.explain(h, y, linear_weight=w).splitlines()[-3:]
         assert lines[0].endswith("some rows at a time by torch's matmul, in bfloat16")
-        assert lines[1] == "   filter_eps no effect: the gradient is exact"
+        assert lines[1:] == ["   scoring    likewise", "   filter_eps no effect: the gradient is exact"]
     assert "logits  " not in fastloss.explain(h, y)
 
 

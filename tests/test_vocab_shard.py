@@ -445,6 +445,29 @@ def test_data_parallel(two):
         torch.testing.assert_close([found[0][0], found[0][1], found[1][1]], [want.detach(), xs[0].grad, xs[1].grad])
 
 
+def compiled(linear: bool) -> None:
+    """Traced with its collectives, as one graph."""
+    shard = VocabShard.even(V)
+    tensors = [numbers(N, H), mine(numbers(V, H, seed=3), shard, 0)] if linear else [mine(numbers(N, V), shard)]
+    name = "linear_cross_entropy" if linear else "cross_entropy"
+
+    def loss(*tensors: Tensor) -> Tensor:
+        return getattr(fastloss, name)(*tensors, classes(), shard=shard, label_smoothing=0.1)
+
+    found = []
+    for function in loss, torch.compile(loss, fullgraph=True, backend="aot_eager"):
+        leaves = [t.detach().clone().requires_grad_() for t in tensors]
+        value = function(*leaves)
+        value.backward()
+        found.append([value.detach(), *(t.grad for t in leaves)])
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_compiles_in_one_graph(two, linear):
+    two.run(compiled, linear)
+
+
 def dying() -> None:
     """One of the ranks is gone before the others call."""
     shard = VocabShard.even(V)

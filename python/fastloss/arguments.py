@@ -205,7 +205,10 @@ def check_linear(input: Tensor, weight: Tensor, bias: Tensor | None, prefix: str
 
 
 def _is_freed(value: Tensor) -> bool:
-    return value.numel() > 0 and value.device.type != "meta" and value.untyped_storage().size() == 0
+    try:
+        return value.numel() > 0 and value.device.type != "meta" and value.untyped_storage().size() == 0
+    except NotImplementedError:  # of torch.func, which has no storage to ask
+        return False
 
 
 def beside(tensor: Tensor, name: str, input: Tensor, shape: torch.Size, integral: bool = False) -> Tensor:

@@ -147,7 +147,8 @@ def refusals(
 def explain(input: Tensor, target: Tensor, objective: str | None = None, *, linear_weight: Tensor | None = None) -> str:
     """Which backend would compute a loss of these tensors, and why the others would not, as a small table. `objective`:
     "index", "probs", "topk", "topk_tail", "forward_kl", "reverse_kl" or "js"; by default a cross-entropy. With
-    `linear_weight`, `input` is hidden states, and two lines say who makes their logits and what filter_eps does."""
+    `linear_weight`, `input` is hidden states, and three lines say who makes their logits, also where only losses are
+    wanted, and what filter_eps does."""
     name = ("probs" if target.is_floating_point() else "index") if objective is None else objective
     if name.upper() not in Objective.__members__:
         known = ", ".join(member.lower() for member in Objective.__members__)
@@ -165,8 +166,10 @@ def explain(input: Tensor, target: Tensor, objective: str | None = None, *, line
         lines.append(
             f"   logits     some rows at a time by {source.products_by}, in {str(dtype).removeprefix('torch.')}"
         )
-        rows = Rows(input, target, None, Spec(objective=asked))
-        filters = source.takes_head is not None and source.takes_head(rows, input, linear_weight)
+        rows = Rows(input[..., :1].expand(*input.shape[:-1], len(linear_weight)), target, None, Spec(objective=asked))
+        tiled = source.takes_head is not None and source.takes_head(rows, input, linear_weight)
+        lines.append(f"   scoring    {'without logits in memory' if tiled else 'likewise'}")
+        filters = tiled and source.head_grad is not None
         effect = "leaves out tiles of the gradient that are small" if filters else "no effect: the gradient is exact"
         lines.append(f"   filter_eps {effect}")
     return "\n".join(lines)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import fastloss
 
+from . import ranks
 from .cases import Case, Settings, inputs
 from .devices import Device
 from .losses import chunked, linear, linear_then_loss
@@ -90,6 +91,11 @@ def linear_memory(settings: Settings, device: Device) -> Record:
     return rows
 
 
+def shared_vocabulary(settings: Settings, device: Device) -> Record:
+    """Milliseconds of a loss whose classes two ranks share, whatever the device: processes, on the CPU."""
+    return ranks.shared_vocabulary(min(settings.rounds, 9))
+
+
 def import_time(settings: Settings, device: Device) -> Record:
     """Milliseconds of `import fastloss` after `import torch`, the median of several interpreters."""
     script = "import time, torch; start = time.perf_counter(); import fastloss; print(time.perf_counter() - start)"
@@ -125,6 +131,7 @@ RECORDS: dict[str, Callable[[Settings, Device], Record]] = {
     "small calls": small_calls,
     "peak memory": peak_memory,
     "linear memory": linear_memory,
+    "shared vocabulary": shared_vocabulary,
     "import time": import_time,
     "error": error,
 }

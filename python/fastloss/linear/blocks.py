@@ -15,7 +15,7 @@ from torch import Tensor
 from ..parallel.merge import Log, Part, Whole, rest_of, rows_of
 from ..parallel.rows import gradients
 from ..spec import COMPUTE_DTYPE, Objective, Rows
-from .heads import Chunk, Head, HeadGrads, LinearRows, empty, on_chip, sum_up, without_effect
+from .heads import Chunk, Head, HeadGrads, LinearRows, empty, grads_on_chip, sum_up, without_effect
 
 _ALIGNED = 64  # blocks are whole panels of the matrix product's, of any instruction set
 
@@ -27,7 +27,7 @@ def needed(given: LinearRows, needs: list[bool]) -> bool:
     if not (needs[1] and weight.dtype.itemsize < wide and weight.numel() * wide > _budget(given)):
         return False
     backend = given.backend()
-    filters = given.filter_eps > 0 and on_chip(given, backend)  # by tiles of all rows and classes
+    filters = given.filter_eps > 0 and grads_on_chip(given, backend)  # by tiles of all rows and classes
     return backend.in_parts and not filters
 
 

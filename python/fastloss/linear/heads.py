@@ -242,7 +242,7 @@ def loss_and_grads(given: LinearRows, to: Reduction, needs: list[bool]) -> tuple
     # A probability over the number of tokens is next to nothing in float16: what is summed in float32 is divided then.
     half = backend.logits_dtype(given.head.hidden.dtype, given.head.weight.dtype) == torch.float16
     normalizer, divisor = (None, to.normalizer) if half else (to.normalizer, None)
-    if wanted and given.filter_eps > 0 and on_chip(given, backend):  # four products, but two of them of few tiles
+    if wanted and given.filter_eps > 0 and grads_on_chip(given, backend):  # four products, but two of them of few tiles
         loss, stats, *_ = row_loss(given, False)
         upstream = _upstream(loss, to._replace(normalizer=normalizer))
         return reduce_rows(loss, rows, to), row_grads(given, stats, [upstream, None, None, None], needs, divisor)
@@ -278,6 +278,11 @@ def on_chip(given: LinearRows, backend: Backend) -> bool:
     """Whether losses need no logits in memory."""
     hidden, weight, _ = given.head
     return given.teacher is None and backend.takes_head is not None and backend.takes_head(given.rows, hidden, weight)
+
+
+def grads_on_chip(given: LinearRows, backend: Backend) -> bool:
+    """Whether the gradient of logits needs no logits in memory."""
+    return backend.head_grad is not None and on_chip(given, backend)
 
 
 def _ignoring(given: LinearRows, skipped: Tensor | None) -> LinearRows:
@@ -323,7 +328,7 @@ def row_grads(
 ) -> list[Tensor]:
     """What losses and statistics give to the head, for their upstream gradients (N,), over a divisor."""
     backend = given.backend()
-    tiled = on_chip(given, backend)
+    tiled = grads_on_chip(given, backend)
     others = any(g is not None for g in upstream[1:])
     skipped = None if others else without_effect(given.rows, upstream[0])
     grads = HeadGrads(given.head, needs, backend.matmul)

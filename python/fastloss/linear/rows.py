@@ -30,19 +30,16 @@ from .heads import Head, LinearRows
 _HEAD = "Tensor hidden, Tensor head_weight, Tensor? head_bias"
 _TEACHER = "Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias"
 _NUMBERS = f"{SPEC_SCHEMA}, int limit, float filter_eps"
-_SCHEMA = f"{_HEAD}, Tensor? target, {_TEACHER}, Tensor? weight, Tensor? probs, {_NUMBERS}"
+SCHEMA = f"{_HEAD}, Tensor? target, {_TEACHER}, Tensor? weight, Tensor? probs, {_NUMBERS}"
 library.define(
-    f"linear_loss({_SCHEMA}, Tensor? token_weight, Tensor? normalizer, bool[] needs) "
-    "-> (Tensor, Tensor, Tensor, Tensor)"
+    f"linear_loss({SCHEMA}, Tensor? token_weight, Tensor? normalizer, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)"
 )
-library.define(f"linear_row_loss({_SCHEMA}, bool extras) -> (Tensor, Tensor, Tensor, Tensor)")
-library.define(
-    f"linear_row_grad({_SCHEMA}, Tensor stats, Tensor?[] upstream, bool[] needs) -> (Tensor, Tensor, Tensor)"
-)
+library.define(f"linear_row_loss({SCHEMA}, bool extras) -> (Tensor, Tensor, Tensor, Tensor)")
+library.define(f"linear_row_grad({SCHEMA}, Tensor stats, Tensor?[] upstream, bool[] needs) -> (Tensor, Tensor, Tensor)")
 
 
 def flat(given: LinearRows) -> tuple[Any, ...]:
-    """The arguments of _SCHEMA."""
+    """The arguments of SCHEMA."""
     rows = given.rows
     target = rows.target if given.teacher is None else None
     tensors = *given.head, target, *(given.teacher or (None, None, None)), rows.weight, rows.probs
@@ -50,7 +47,7 @@ def flat(given: LinearRows) -> tuple[Any, ...]:
 
 
 def record(*args: Any) -> tuple[LinearRows, list[Any]]:
-    """LinearRows from the arguments of _SCHEMA, and what follows them."""
+    """LinearRows from the arguments of SCHEMA, and what follows them."""
     hidden, head_weight, head_bias, target, u, teacher_weight, teacher_bias, weight, probs, *numbers = args
     head = Head(hidden, head_weight, head_bias)
     teacher = None if u is None else Head(u, teacher_weight, teacher_bias)
@@ -81,7 +78,8 @@ def _linear_row_grad(*args: Any) -> tuple[Tensor, ...]:
     return tuple(row_grads(given, stats, upstream, needs))
 
 
-def _fake_grads(given: LinearRows, needs: list[bool], rounded: bool = False) -> list[Tensor]:
+def fake_grads(given: LinearRows, needs: list[bool], rounded: bool = False) -> list[Tensor]:
+    """As those of a head, without numbers."""
     new, dtype = given.head.hidden.new_empty, given.rows.compute_dtype
     dtypes = dtype, given.head.weight.dtype if rounded else dtype, dtype
     return [new(s, dtype=d) for s, d in zip(given.head.grad_shapes(needs), dtypes, strict=True)]
@@ -90,7 +88,7 @@ def _fake_grads(given: LinearRows, needs: list[bool], rounded: bool = False) -> 
 @torch.library.register_fake("fastloss::linear_loss", lib=library)
 def _(*args: Any) -> tuple[Tensor, ...]:
     given, (_, _, needs) = record(*args)
-    return given.head.hidden.new_empty((), dtype=given.rows.compute_dtype), *_fake_grads(given, needs)
+    return given.head.hidden.new_empty((), dtype=given.rows.compute_dtype), *fake_grads(given, needs)
 
 
 @torch.library.register_fake("fastloss::linear_row_loss", lib=library)
@@ -104,7 +102,7 @@ def _(*args: Any) -> tuple[Tensor, ...]:
 @torch.library.register_fake("fastloss::linear_row_grad", lib=library)
 def _(*args: Any) -> tuple[Tensor, ...]:
     given, (_, _, needs) = record(*args)
-    return tuple(_fake_grads(given, needs, blocks.needed(given, needs)))
+    return tuple(fake_grads(given, needs, blocks.needed(given, needs)))
 
 
 def needs_of(head: Head) -> list[bool]:

@@ -17,10 +17,73 @@ from torch import Tensor
 from ..parallel import VocabShard
 from ..parallel.merge import Log, PartLoss, Whole, rows_of
 from ..parallel.rows import PLAIN, Asked, Outcome, check, gradients, of_part, outcome, over_ranks, refuse_formula
-from ..spec import COMPUTE_DTYPE, Rows
+from ..parallel.shard import group_named, group_of
+from ..rows import library
+from ..spec import COMPUTE_DTYPE, Objective, Rows
 from . import heads
 from .heads import Chunk, Head, HeadGrads, LinearRows
-from .rows import as_inputs, flat, needs_of, record, save, saved
+from .rows import SCHEMA, as_inputs, fake_grads, flat, needs_of, record, save, saved
+
+_SHARD = "int start, int stop, int vocab_size, str group, bool sum_hidden"
+library.define(f"sharded_head_loss({SCHEMA}, {_SHARD}, bool extras, bool picks) -> Tensor[]")
+library.define(
+    f"sharded_head_grad({SCHEMA}, Tensor[] stats, Tensor?[] upstream, {_SHARD}, bool[] needs) "
+    "-> (Tensor, Tensor, Tensor)"
+)
+
+
+def _fields(shard: VocabShard) -> tuple[Any, ...]:
+    """The arguments of _SHARD."""
+    name = group_of(shard).group_name if shard.ranks > 1 else ""
+    return shard.start, shard.stop, shard.vocab_size, name, shard.sum_hidden
+
+
+def _shard_of(start: int, stop: int, vocab_size: int, group: str, sum_hidden: bool) -> VocabShard:
+    return VocabShard(start, stop, vocab_size, group_named(group) if group else None, sum_hidden)
+
+
+@torch.library.impl(library, "sharded_head_loss", "CompositeExplicitAutograd")
+def _sharded_head_loss(*args: Any) -> list[Tensor]:
+    """(loss, stats, target's class weight, argmax, logits listed; of a tail its centre, log-sum and weight), empty
+    where there is none."""
+    given, (*fields, extras, picks) = record(*args)
+    shard = _shard_of(*fields)
+    local = rows_of(given.rows, shard.part)
+    whole = over_ranks(given.rows, local, shard, partial(_compute, given), Asked(extras, picks))
+    none = whole.loss.new_empty(0)
+    found = whole.target_weight, whole.argmax, whole.picked, *(whole.tail or (None, None)), whole.rest
+    return [whole.loss, whole.stats, *(none.clone() if t is None else t for t in found)]
+
+
+@torch.library.register_fake("fastloss::sharded_head_loss", lib=library)
+def _(*args: Any) -> list[Tensor]:
+    given, (*_, extras, picks) = record(*args)
+    rows, objective, new = given.rows, given.rows.spec.objective, given.head.hidden.new_empty
+    N, K, F = len(rows.input), rows.target.shape[1] if rows.probs is not None else 1, rows.compute_dtype
+    weighted, tailed = rows.weight is not None and objective == Objective.INDEX, objective == Objective.TOPK_TAIL
+    return [
+        new(N, dtype=F),
+        new((5, N), dtype=F),
+        new(N if weighted else 0, dtype=F),
+        new(N, dtype=torch.int64) if extras else new(0, dtype=F),
+        new((N, K) if picks else 0, dtype=F),
+        *(new(N if tailed else 0, dtype=F) for _ in range(3)),
+    ]
+
+
+@torch.library.impl(library, "sharded_head_grad", "CompositeExplicitAutograd")
+def _sharded_head_grad(*args: Any) -> tuple[Tensor, ...]:
+    given, (saved_stats, upstream, *fields, needs) = record(*args)
+    shard = _shard_of(*fields)
+    stats, *tail = saved_stats
+    whole = Whole(stats[0], stats, Log(*tail[:2]), tail[2]) if tail else Whole(stats[0], stats)
+    return tuple(_head_grads(given, rows_of(given.rows, shard.part), shard, whole, upstream, needs))
+
+
+@torch.library.register_fake("fastloss::sharded_head_grad", lib=library)
+def _(*args: Any) -> tuple[Tensor, ...]:
+    given, (*_, needs) = record(*args)
+    return tuple(fake_grads(given, needs))
 
 
 class ShardedHead(torch.autograd.Function):
@@ -29,25 +92,23 @@ class ShardedHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Any:
         *call, shard, asked, needs = args
-        given, _ = record(*call)
-        local = rows_of(given.rows, shard.part)
-        whole = over_ranks(given.rows, local, shard, partial(_compute, given), asked)
-        own = None if local.target is given.rows.target else local.target, local.probs
-        tail = () if whole.tail is None or whole.rest is None else (*whole.tail, whole.rest)
-        save(ctx, [*call, *own], whole.stats, *tail)
+        loss, stats, *found = torch.ops.fastloss.sharded_head_loss(*call, *_fields(shard), *asked)
+        weight, argmax, picked, *tail = (t if t.numel() or len(t) == len(loss) else None for t in found)
+        save(ctx, call, stats, *(t for t in tail if t is not None))
         ctx.set_materialize_grads(False)
-        ctx.local_spec, ctx.shard, ctx.needs = local.spec, shard, needs
+        ctx.shard, ctx.needs = shard, needs
+        whole = Whole(
+            loss, stats, None, None, weight, argmax if asked.extras else None, picked if asked.picks else None
+        )
         return tuple(outcome(ctx, whole, asked))
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> Any:
         refuse_formula(*upstream)
-        call, (stats, *tail) = saved(ctx)
-        given, (target, probs) = record(*call)
-        rows = given.rows
-        local = Rows(rows.input, rows.target if target is None else target, rows.weight, ctx.local_spec, probs)
-        whole = Whole(stats[0], stats, Log(*tail[:2]), tail[2]) if tail else Whole(stats[0], stats)
-        grads = _head_grads(given, local, ctx.shard, whole, upstream, ctx.needs)
+        call, stats = saved(ctx)
+        given, _ = record(*call)
+        args = list(stats), list(upstream[:4]), *_fields(ctx.shard), ctx.needs
+        grads = torch.ops.fastloss.sharded_head_grad(*call, *args)
         return *as_inputs(grads, given), *([None] * len(call))
 
 

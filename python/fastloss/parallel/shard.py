@@ -73,6 +73,13 @@ def group_of(shard: VocabShard) -> Any:
     return dist.group.WORLD if shard.group is None else shard.group
 
 
+def group_named(name: Any) -> Any:
+    """The process group that torch knows by a name."""
+    from torch.distributed.distributed_c10d import _resolve_process_group
+
+    return _resolve_process_group(name)
+
+
 def gather(fields: Fields, rows: Rows, shard: VocabShard, asked: tuple[bool, ...]) -> Fields:
     """(N,) each to (R, N), in the order of ranks: one collective, of all fields packed. Merged alike, all ranks get
     the same bits."""
