@@ -103,7 +103,7 @@ def peaked(N: int, V: int, H: int, dtype: torch.dtype, g: torch.Generator) -> tu
 def made_of(rows: Rows, given: Head, filter_eps: float, upstream: torch.Tensor) -> tuple[torch.Tensor, Any]:
     """What head_grad writes and says of it."""
     kernels = backend.kernels()
-    _, stats, _ = device.head_loss(kernels, rows, *given, False)
+    _, stats, *_ = device.head_loss(kernels, rows, *given, False)
     grad = torch.full(rows.input.shape, torch.nan, dtype=given.dtype)
     tiles = device.head_grad(kernels, rows, *given, stats, [upstream, None, None, None], grad, filter_eps)
     return grad, tiles

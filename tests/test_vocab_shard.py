@@ -445,6 +445,33 @@ def test_data_parallel(two):
         torch.testing.assert_close([found[0][0], found[0][1], found[1][1]], [want.detach(), xs[0].grad, xs[1].grad])
 
 
+def recipe(linear: bool) -> list[Tensor]:
+    """A loss of fastloss.lm, and one of no rows at all."""
+    shard, labels = VocabShard.even(V), torch.arange(N)[None] % V
+    if linear:
+        x, weight = numbers(1, N, H).requires_grad_(), mine(numbers(V, H, seed=3), shard, 0)
+        loss = fastloss.lm.causal_lm_loss(x, labels, linear_weight=weight, shard=shard)
+        none = fastloss.linear_cross_entropy(numbers(0, H), weight, labels[0, :0], shard=shard, reduction="sum")
+    else:
+        x = mine(numbers(1, N, V), shard, 2)
+        loss = fastloss.lm.causal_lm_loss(x, labels, shard=shard)
+        none = fastloss.cross_entropy(mine(numbers(0, V), shard), labels[0, :0], shard=shard, reduction="sum")
+    loss.backward()
+    assert none == 0
+    return [loss.detach(), x.grad]
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_language_model_recipes(two, linear):
+    x = (numbers(1, N, H) if linear else numbers(1, N, V)).requires_grad_()
+    z = x @ numbers(V, H, seed=3).T if linear else x
+    want = F.cross_entropy(z[0, :-1], torch.arange(N)[1:])
+    want.backward()
+    found = two.run(recipe, linear)
+    got = found[0][1] if linear else torch.cat([f[1] for f in found], 2)
+    torch.testing.assert_close((found[0][0], got), (want.detach(), x.grad))
+
+
 def compiled(linear: bool) -> None:
     """Traced with its collectives, as one graph."""
     shard = VocabShard.even(V)

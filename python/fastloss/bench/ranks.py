@@ -94,6 +94,7 @@ def _measure(rank: int, store: str, rounds: int, answers: Any) -> None:
                     seconds[name].append(time.perf_counter() - start)
         if rank == 0:
             answers.put((N, V, {name: statistics.median(times) * 1e3 for name, times in seconds.items()}))
+    dist.barrier()  # who leaves first must not be waited for
     dist.destroy_process_group()
 
 

@@ -71,7 +71,7 @@ def rows_of(rows: Rows, part: Part) -> Rows:
     q = torch.ones_like(y, dtype=rows.compute_dtype) if rows.probs is None else rows.probs.to(rows.compute_dtype)
     q = torch.where(here, q if sharp == 1 else q * sharp, 0)
     y = torch.where(here, y - part.start, _stand_in(rows, y - part.start, here))
-    y = torch.where(ignored, _NONE, y)
+    y = torch.where(ignored, _NONE, y) if part.size else torch.full_like(y, _NONE)
     return Rows(rows.input, y, rows.weight, spec._replace(ignore_index=_NONE, objective=objective), q)
 
 

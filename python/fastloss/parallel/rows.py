@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends import choose_for
+from ..backends import choose_for, native
 from ..reduction import reduce_rows
 from ..rows import RowLoss, call_row_grad, call_row_loss, needs_formula, transforming
 from ..spec import Objective, Reduction, Rows, Spec
@@ -135,7 +135,7 @@ class Sharded(torch.autograd.Function):
         refuse_formula(*upstream)
         (input,), rows_over, whole = saved(ctx, 1)
         size, nothing = ctx.part.size, [None] * 7
-        grad = input.detach() if ctx.inplace else torch.empty_like(input)
+        grad = input.detach() if ctx.inplace else _empty(input)
         if size:
             row_grad = lambda local, stats, g: call_row_grad(local, stats, g, grad[:, :size])  # noqa: E731
             made = gradients(*rows_over(input[:, :size].detach()), ctx.part, whole, upstream, row_grad)
@@ -146,6 +146,11 @@ class Sharded(torch.autograd.Function):
         if ctx.inplace:
             torch.autograd.graph.increment_version(input)
         return grad, *nothing
+
+
+def _empty(input: Tensor) -> Tensor:
+    """For a gradient: recycled memory, where CPUs would have to find it page by page."""
+    return native.empty_grad(input)[0] if input.device.type == "cpu" else torch.empty_like(input)
 
 
 def _compute(local: Rows, extras: bool, picks: bool, whole: Tensor | None) -> PartLoss:
