@@ -135,12 +135,14 @@ class Sharded(torch.autograd.Function):
         refuse_formula(*upstream)
         (input,), rows_over, whole = saved(ctx, 1)
         size, nothing = ctx.part.size, [None] * 7
+        rows, local = rows_over(input[:, :size].detach())
+        if torch.compiler.is_compiling():  # operators return what they make
+            made = gradients(rows, local, ctx.part, whole, upstream, call_row_grad) if size else input[:, :0]
+            return torch.nn.functional.pad(made, (0, input.shape[1] - size)), *nothing
         grad = input.detach() if ctx.inplace else _empty(input)
         if size:
             row_grad = lambda local, stats, g: call_row_grad(local, stats, g, grad[:, :size])  # noqa: E731
-            made = gradients(*rows_over(input[:, :size].detach()), ctx.part, whole, upstream, row_grad)
-            if torch.compiler.is_compiling():  # operators return what they make
-                return torch.nn.functional.pad(made, (0, input.shape[1] - size)), *nothing
+            gradients(rows, local, ctx.part, whole, upstream, row_grad)
         if size < input.shape[1]:
             grad[:, size:] = 0
         if ctx.inplace:
