@@ -137,7 +137,7 @@ def received(messages: list[Message], tp: int) -> float:
 def chunk_rows(N: int, V: int, tp: int) -> int:
     """Rows of a chunk of a loss of hidden states, of which the last hides the sum of their gradient."""
     logits = torch.empty(1, V // tp, dtype=torch.bfloat16, device="meta")
-    return heads._part(N, heads.rows_at_once(logits, DEFAULT_CHUNK, False))
+    return heads.equal_parts(N, heads.rows_at_once(logits, DEFAULT_CHUNK, False))
 
 
 def kept(N: int = 1024) -> float:

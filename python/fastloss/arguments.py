@@ -211,6 +211,18 @@ def _is_freed(value: Tensor) -> bool:
         return False
 
 
+def check_indices(y: Tensor, ignore_index: int, V: int) -> None:
+    """Before anything is computed or sent. On devices the kernels look, and nothing is waited for."""
+    if y.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    bad = (y != ignore_index) & ((y < 0) | (y >= V))
+    if bool(bad.any()):
+        raise IndexError(
+            f"target: expected class indices in [0, {V}) or ignore_index ({ignore_index}), but Target "
+            f"{y[bad][0].item()} is out of bounds."
+        )
+
+
 def beside(tensor: Tensor, name: str, input: Tensor, shape: torch.Size, integral: bool = False) -> Tensor:
     """A tensor that must have this shape and stand on input's device."""
     if not isinstance(tensor, Tensor):

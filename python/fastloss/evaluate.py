@@ -32,8 +32,7 @@ def row_losses(
 ) -> entrances.RowLoss:
     """Losses and, with `extras`, statistics of each row."""
     if shard is not None:
-        asked = sharded.Asked(extras, extras and rows.spec.objective == Objective.INDEX)
-        return sharded.row_loss(sharded.apply(rows, shard, asked, inplace), rows)
+        return sharded.row_loss(sharded.apply(rows, shard, sharded.statistics(rows, extras), inplace), rows)
     if not needs_reference(rows):
         return entrances.per_row(rows, extras, inplace)
     if rows.weight is not None and rows.weight.requires_grad and rows.spec.objective == Objective.INDEX:

@@ -157,8 +157,7 @@ def head_grad(
 ) -> Tiles | None:
     """row_grad of rows whose logits are never written; and with filter_eps > 0 which tiles of it are not zero."""
     assert kernels.head_grad is not None and kernels.head_tiles is not None and kernels.kept_product is not None
-    loss, *others = (None if g is None else g.to(stats.dtype) for g in upstream)
-    factors, tiles = Upstream(0.0 if loss is None else loss, *others), None
+    factors, tiles = _factors(upstream, stats.dtype), None
     if filter_eps > 0 and out.numel():
         size = kernels.head_tiles(rows, factors)
         shape = [-(-length // side) for length, side in zip(out.shape, size, strict=True)]
@@ -169,15 +168,20 @@ def head_grad(
     return tiles
 
 
+def _factors(upstream: list[Tensor | None], dtype: torch.dtype) -> Upstream:
+    """Upstream gradients of losses and statistics, as kernels take them."""
+    loss, *others = (None if g is None else g.to(dtype) for g in upstream)
+    return Upstream(0.0 if loss is None else loss, *others)
+
+
 def row_grad(
     kernels: Kernels, rows: Rows, stats: Tensor, upstream: list[Tensor | None], out: Tensor | None = None
 ) -> Tensor:
     """See reference.row_grad."""
     wide = _same_dtype(rows)
     grad = _empty_grad(wide.input) if out is None or out.dtype != wide.input.dtype else out
-    loss, *others = (None if g is None else g.to(stats.dtype) for g in upstream)
     if grad.numel():
-        kernels.row_grad(wide, stats, Upstream(0.0 if loss is None else loss, *others), grad, False)
+        kernels.row_grad(wide, stats, _factors(upstream, stats.dtype), grad, False)
     return _narrowed(grad, rows.input.dtype, out)
 
 

@@ -118,10 +118,15 @@ def merge_states(a: Tensor, b: Tensor) -> Tensor:
     return out
 
 
+def _strided(matrix: Tensor) -> tuple[int, ...]:
+    """What csrc/bindings.cpp, strided, reads."""
+    return matrix.data_ptr(), *matrix.shape, *matrix.stride(), DTYPE_CODES[matrix.dtype]
+
+
 def matmul(a: Tensor, b: Tensor, out: Tensor, add: bool = False, start: Tensor | None = None) -> None:
     """`out` (M, N) = a (M, K) @ b (K, N) + start (N,); with `add` out += a @ b. `out`, of the compute dtype, has
     contiguous rows; a and b any strides and dtypes, whose products are summed in the compute dtype."""
-    left, right = ((t.data_ptr(), *t.shape, *t.stride(), DTYPE_CODES[t.dtype]) for t in (a, b))
+    left, right = _strided(a), _strided(b)
     start = None if start is None else start.to(out.dtype).contiguous()
     first = 0 if start is None else start.data_ptr()
     _native.matmul(left, right, out.data_ptr(), out.stride(0), first, add, _num_threads())
@@ -145,7 +150,7 @@ def head_loss(
     weight, bias = (None if t is None else t.detach().to(F).contiguous() for t in (rows.weight, bias))
     probs = None if rows.probs is None else rows.probs.detach().to(F).contiguous()
     fields = rows_fields(Rows(rows.input, target, weight, rows.spec, probs), _num_threads())
-    left, right = ((t.data_ptr(), *t.shape, *t.stride(), DTYPE_CODES[t.dtype]) for t in (hidden, head.t()))
+    left, right = _strided(hidden), _strided(head.t())
     written = (0 if t is None else t.data_ptr() for t in (bias, loss, stats, argmax if extras else None, listed))
     _native.head_loss(fields, left, right, *written)
     return loss, stats, argmax, listed if rows.probs is not None else listed.new_empty((N, 0))

@@ -13,11 +13,20 @@ import torch
 from torch import Tensor
 
 from ..parallel.merge import Log, Part, Whole, rest_of, rows_of
-from ..parallel.rows import gradients
 from ..spec import COMPUTE_DTYPE, Objective, Rows
-from .heads import Chunk, Head, HeadGrads, LinearRows, empty, grads_on_chip, sum_up, without_effect
+from .heads import (
+    HeadGrads,
+    LinearRows,
+    empty,
+    equal_parts,
+    grads_on_chip,
+    not_asked_for,
+    row_bytes,
+    sum_up,
+    write_part,
+)
 
-_ALIGNED = 64  # blocks are whole panels of the matrix product's, of any instruction set
+_PANEL = 64  # blocks are whole panels of the matrix product's, of any instruction set
 
 
 def needed(given: LinearRows, needs: list[bool]) -> bool:
@@ -33,24 +42,21 @@ def needed(given: LinearRows, needs: list[bool]) -> bool:
 
 def _budget(given: LinearRows) -> int:
     """Bytes that logits may take."""
-    row = given.head.weight.shape[0] * COMPUTE_DTYPE[given.head.dtype].itemsize
-    return given.limit * row * (1 if given.teacher is None else 2)
+    return given.limit * row_bytes(given.head.weight.shape[0], given.head.dtype, given.teacher is not None)
 
 
 def _parts(given: LinearRows) -> list[Part]:
     """Equal blocks of classes, whose sums take half of the budget."""
     V, H = given.head.weight.shape
     most = max(_budget(given) // (2 * H * COMPUTE_DTYPE[given.head.dtype].itemsize), 1)
-    count = -(-V // most)
-    size = -(-V // count)
-    size = -(-size // _ALIGNED) * _ALIGNED if size > _ALIGNED else size
+    size = equal_parts(V, most, _PANEL)
     return [Part(start, min(start + size, V), V) for start in range(0, V, size)]
 
 
 def row_grads(given: LinearRows, stats: Tensor, upstream: list[Tensor | None], needs: list[bool]) -> list[Tensor]:
     """As heads.row_grads, but the weight's in its own dtype."""
     head, dtype = given.head, COMPUTE_DTYPE[given.head.dtype]
-    skipped = None if any(g is not None for g in upstream[1:]) else without_effect(given.rows, upstream[0])
+    skipped = not_asked_for(given.rows, upstream)
     shapes = head.grad_shapes(needs)
     hidden = torch.zeros(shapes[0], dtype=dtype, device=head.hidden.device)
     weight = empty(shapes[1], head.weight.dtype, head.hidden.device)
@@ -60,7 +66,7 @@ def row_grads(given: LinearRows, stats: Tensor, upstream: list[Tensor | None], n
     for part in _parts(given):
         block = _block(given, part)
         grads = HeadGrads(block.head, needs, given.backend().matmul, hidden=hidden)
-        write = partial(_write, given, part, whole, of_outcome)
+        write = partial(write_part, given, part, whole, of_outcome)
         _, *found = sum_up(block, grads, write, skipped)
         for to, grad in zip((weight, bias), found, strict=True):
             if to.numel():
@@ -71,33 +77,15 @@ def row_grads(given: LinearRows, stats: Tensor, upstream: list[Tensor | None], n
 def _block(given: LinearRows, part: Part) -> LinearRows:
     """Of the classes of a part, as if there were no others."""
     classes = slice(part.start, part.stop)
-    head, teacher = (
-        None if h is None else Head(h.hidden, h.weight[classes], None if h.bias is None else h.bias[classes])
-        for h in (given.head, given.teacher)
-    )
-    assert head is not None
+    head = given.head.of_classes(part.start, part.stop)
+    teacher = None if given.teacher is None else given.teacher.of_classes(part.start, part.stop)
     rows = given.rows
     target = rows.target if rows.spec.objective.indexed else rows.target[:, classes]
     weight = None if rows.weight is None else rows.weight[classes]
     local = rows_of(rows._replace(input=rows.input[:, classes], target=target, weight=weight), part)
     # As many rows as the other half of the budget holds.
-    row = part.size * COMPUTE_DTYPE[given.head.dtype].itemsize * (1 if teacher is None else 2)
+    row = row_bytes(part.size, head.dtype, teacher is not None)
     return LinearRows(local, head, teacher, max(1, _budget(given) // (2 * row)))
-
-
-def _write(given: LinearRows, part: Part, whole: Whole, upstream: tuple[Tensor | None, ...], chunk: Chunk) -> None:
-    """The gradient of a chunk's logits of a part of the classes, in their place."""
-    rows, where, row_grad = given.rows, chunk.where, given.backend().row_grad
-    target = rows.target[where] if rows.spec.objective.indexed else chunk.rows.target
-    of_all = rows._replace(input=chunk.rows.input, target=target, probs=chunk.of(rows.probs))
-    gradients(
-        of_all,
-        chunk.rows,
-        part,
-        whole.at(where),
-        tuple(chunk.of(g) for g in upstream),
-        lambda local, stats, g: row_grad(local, stats, g, local.input),
-    )
 
 
 def _whole(rows: Rows, stats: Tensor) -> Whole:
@@ -120,4 +108,4 @@ def _of_outcome(rows: Rows, whole: Whole, upstream: list[Tensor | None]) -> tupl
         return loss, lse - log_prob, entropy, log_prob[:, None]
     # Of more than one class it is the negative loss, but for the z-loss.
     loss = -log_prob if loss is None else loss - log_prob
-    return loss, lse + log_prob * 2 * rows.spec.z_loss * (whole.stats[0] + whole.stats[1]), entropy, None
+    return loss, lse + log_prob * 2 * rows.spec.z_loss * whole.lse, entropy, None

@@ -11,7 +11,7 @@ from ..parallel import VocabShard
 from ..parallel import rows as parallel
 from ..reduction import mean_denominator, reduce_rows
 from ..rows import RowLoss, saved_hooks_active
-from ..spec import Objective, Reduction
+from ..spec import Reduction
 from . import blocks
 from .heads import LinearRows
 from .rows import PerRow, Reduced, flat, needs_of
@@ -46,8 +46,7 @@ def reduced_loss(given: LinearRows, to: Reduction, shard: VocabShard | None = No
 def per_row(given: LinearRows, extras: bool = False, shard: VocabShard | None = None) -> RowLoss:
     """Losses and, with `extras`, statistics of each row; differentiable in the head."""
     if shard is not None:
-        asked = parallel.Asked(extras, extras and given.rows.spec.objective == Objective.INDEX)
-        return parallel.row_loss(over_shard(given, shard, asked), given.rows)
+        return parallel.row_loss(over_shard(given, shard, parallel.statistics(given.rows, extras)), given.rows)
     if _needs_reference(given):
         return evaluate.row_losses(given.materialised(), extras)
     out = PerRow.apply(*flat(given), extras, False, needs_of(given.head))

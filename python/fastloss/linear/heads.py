@@ -6,15 +6,19 @@ next chunk is made. The kernels of rows of logits do not know; every loss and ev
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..arguments import check_indices
 from ..backends import Backend, choose_for, native
 from ..backends.device import Tiles
 from ..parallel import VocabShard
+from ..parallel.merge import Part, Whole
+from ..parallel.rows import gradients
 from ..reduction import reduce_rows, valid_rows
 from ..spec import COMPUTE_DTYPE, Reduction, Rows
 
@@ -38,6 +42,13 @@ class Head(NamedTuple):
         """Of the three gradients: empty where one is not needed."""
         shapes = self.hidden.shape, self.weight.shape, self.weight.shape[:1]
         return [tuple(shape) if needed else (0,) for shape, needed in zip(shapes, needs, strict=True)]
+
+    def of_classes(self, start: int, stop: int) -> Head:
+        """Of some of the classes; itself of all."""
+        if (start, stop) == (0, self.weight.shape[0]):
+            return self
+        bias = None if self.bias is None else self.bias[start:stop]
+        return Head(self.hidden, self.weight[start:stop], bias)
 
     def logits(self) -> Tensor:
         """All of them, as a textbook writes it."""
@@ -89,8 +100,12 @@ def rows_at_once(
     if rows is not None:
         return rows
     V = logits.shape[1] if shard is None else -(-shard.vocab_size // shard.ranks)
-    row = V * COMPUTE_DTYPE[logits.dtype].itemsize * (2 if teacher else 1)
-    return max(1, max_chunk_bytes // max(row, 1))
+    return max(1, max_chunk_bytes // max(row_bytes(V, logits.dtype, teacher), 1))
+
+
+def row_bytes(V: int, dtype: torch.dtype, teacher: bool) -> int:
+    """Of a row's logits, and of a teacher's, at the widest."""
+    return V * COMPUTE_DTYPE[dtype].itemsize * (2 if teacher else 1)
 
 
 class HeadGrads:
@@ -107,12 +122,10 @@ class HeadGrads:
         hidden: Tensor | None = None,
     ) -> None:
         self.head, self.matmul, self.on_hidden, self.started = head, matmul, on_hidden, False
-        dtype = COMPUTE_DTYPE[head.dtype]
-        self.hidden, self.weight, self.bias = (
-            empty(shape, dtype, head.hidden.device) for shape in head.grad_shapes(needs)
-        )
-        self.adds, self.hidden = hidden is not None, self.hidden if hidden is None else hidden
-        self.needs = needs
+        own, weight, bias = head.grad_shapes(needs)
+        new = partial(empty, dtype=COMPUTE_DTYPE[head.dtype], device=head.hidden.device)
+        self.weight, self.bias, self.adds, self.needs = new(weight), new(bias), hidden is not None, needs
+        self.hidden = new(own) if hidden is None else hidden
 
     def add(self, chunk: Chunk, tiles: Tiles | None = None) -> None:
         """What a chunk's rows contribute, whose logits have become their gradient, or those `tiles` of it."""
@@ -162,12 +175,12 @@ class Chunk(NamedTuple):
 def chunks(given: LinearRows, backend: Backend, skipped: Tensor | None = None, filled: bool = True) -> Iterator[Chunk]:
     """The rows that are not skipped, in equal parts; not `filled`, there is only memory for their logits."""
     rows, head, teacher = given.rows, given.head, given.teacher
-    _check_indices(rows)
+    _check(rows)
     index = None if skipped is None else (~skipped).nonzero()[:, 0]
     N = rows.input.shape[0] if index is None else len(index)
     if N == 0:
         return
-    size = _part(N, given.limit)
+    size = equal_parts(N, given.limit)
     buffer = _logits_buffer(head, size, backend)
     target_buffer = None if teacher is None else _logits_buffer(teacher, size, backend)
     for begin in range(0, N, size):
@@ -183,23 +196,17 @@ def chunks(given: LinearRows, backend: Backend, skipped: Tensor | None = None, f
         yield Chunk(where, hidden, rows._replace(input=logits, target=target, probs=probs))
 
 
-def _check_indices(rows: Rows) -> None:
-    """Before any product, and also of rows that are skipped. On devices the kernels do."""
-    if not rows.spec.objective.indexed or rows.target.device.type != "cpu":
-        return
-    y, V = rows.target, rows.input.shape[1]
-    bad = (y != rows.spec.ignore_index) & ((y < 0) | (y >= V))
-    if bool(bad.any()):
-        raise IndexError(
-            f"target: expected class indices in [0, {V}) or ignore_index ({rows.spec.ignore_index}), but Target "
-            f"{y[bad][0].item()} is out of bounds."
-        )
+def _check(rows: Rows) -> None:
+    """Also of rows that are skipped."""
+    if rows.spec.objective.indexed:
+        check_indices(rows.target, rows.spec.ignore_index, rows.input.shape[1])
 
 
-def _part(N: int, limit: int) -> int:
-    """Rows of a chunk: no more chunks than the limit asks for, and the last no smaller than it must be."""
+def equal_parts(N: int, limit: int, panel: int = _PANEL) -> int:
+    """The size of each: no more parts than the limit asks for, the last no smaller than it must be, of whole panels
+    where that is within the limit."""
     size = -(-N // -(-N // limit))
-    whole = -(-size // _PANEL) * _PANEL
+    whole = -(-size // panel) * panel
     return whole if whole <= limit else size
 
 
@@ -228,6 +235,12 @@ def without_effect(rows: Rows, token_weight: Tensor | None = None) -> Tensor | N
     if token_weight is not None:
         valid = token_weight != 0 if valid is None else valid & (token_weight != 0)
     return None if valid is None or bool(valid.all()) else ~valid
+
+
+def not_asked_for(rows: Rows, upstream: Sequence[Tensor | None]) -> Tensor | None:
+    """Those without effect for upstream gradients (N,) of losses and, of all rows, other statistics."""
+    others = any(g is not None for g in upstream[1:])
+    return None if others else without_effect(rows, upstream[0])
 
 
 def loss_and_grads(given: LinearRows, to: Reduction, needs: list[bool]) -> tuple[Tensor, list[Tensor]]:
@@ -289,7 +302,7 @@ def _ignoring(given: LinearRows, skipped: Tensor | None) -> LinearRows:
     """With what makes rows ignored where they are skipped."""
     if skipped is None:
         return given
-    _check_indices(given.rows)
+    _check(given.rows)
     target, rows = given.rows.target, given.rows
     target = target.masked_fill(skipped.view(-1, *(1,) * (target.dim() - 1)), rows.spec.ignore_index)
     return given._replace(rows=rows._replace(target=target))
@@ -329,8 +342,7 @@ def row_grads(
     """What losses and statistics give to the head, for their upstream gradients (N,), over a divisor."""
     backend = given.backend()
     tiled = grads_on_chip(given, backend)
-    others = any(g is not None for g in upstream[1:])
-    skipped = None if others else without_effect(given.rows, upstream[0])
+    skipped = not_asked_for(given.rows, upstream)
     grads = HeadGrads(given.head, needs, backend.matmul)
 
     def write(chunk: Chunk) -> Tiles | None:
@@ -354,8 +366,22 @@ def sum_up(
 ) -> list[Tensor]:
     """The gradients of a head, over a divisor; `write` puts that of a chunk's logits in their place, where they are
     unless not `filled`, and may say which tiles of it count."""
-    if skipped is not None and grads.needs[0]:
-        grads.hidden[skipped] = 0
     for chunk in chunks(given, given.backend(), skipped, filled):
         grads.add(chunk, write(chunk))
     return grads.result(skipped, divisor)
+
+
+def write_part(given: LinearRows, part: Part, whole: Whole, upstream: Sequence[Tensor | None], chunk: Chunk) -> None:
+    """The gradient of a chunk's logits of a part of the classes, in their place; `given` are the rows of all classes,
+    `upstream` gradients (N, ...) of an Outcome's first four."""
+    row_grad = given.backend().row_grad
+    target = given.rows.target[chunk.where] if given.rows.spec.objective.indexed else chunk.rows.target
+    of_all = given.rows._replace(input=chunk.rows.input, target=target, probs=chunk.of(given.rows.probs))
+    gradients(
+        of_all,
+        chunk.rows,
+        part,
+        whole.at(chunk.where),
+        tuple(chunk.of(g) for g in upstream),
+        lambda local, stats, g: row_grad(local, stats, g, local.input),
+    )

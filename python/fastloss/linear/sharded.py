@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..parallel import VocabShard
-from ..parallel.merge import Log, PartLoss, Whole, rows_of
-from ..parallel.rows import PLAIN, Asked, Outcome, check, gradients, of_part, outcome, over_ranks, refuse_formula
+from ..parallel.merge import PartLoss, Whole, kept_of, rows_of
+from ..parallel.rows import PLAIN, Asked, Outcome, check, of_part, outcome, over_ranks, refuse_formula
 from ..parallel.shard import group_named, group_of
 from ..rows import library
 from ..spec import COMPUTE_DTYPE, Objective, Rows
@@ -73,11 +73,9 @@ def _(*args: Any) -> list[Tensor]:
 
 @torch.library.impl(library, "sharded_head_grad", "CompositeExplicitAutograd")
 def _sharded_head_grad(*args: Any) -> tuple[Tensor, ...]:
-    given, (saved_stats, upstream, *fields, needs) = record(*args)
+    given, (kept, upstream, *fields, needs) = record(*args)
     shard = _shard_of(*fields)
-    stats, *tail = saved_stats
-    whole = Whole(stats[0], stats, Log(*tail[:2]), tail[2]) if tail else Whole(stats[0], stats)
-    return tuple(_head_grads(given, rows_of(given.rows, shard.part), shard, whole, upstream, needs))
+    return tuple(_head_grads(given, rows_of(given.rows, shard.part), shard, kept_of(*kept), upstream, needs))
 
 
 @torch.library.register_fake("fastloss::sharded_head_grad", lib=library)
@@ -93,7 +91,7 @@ class ShardedHead(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> Any:
         *call, shard, asked, needs = args
         loss, stats, *found = torch.ops.fastloss.sharded_head_loss(*call, *_fields(shard), *asked)
-        weight, argmax, picked, *tail = (t if t.numel() or len(t) == len(loss) else None for t in found)
+        weight, argmax, picked, *tail = (t if len(t) == len(loss) else None for t in found)
         save(ctx, call, stats, *(t for t in tail if t is not None))
         ctx.set_materialize_grads(False)
         ctx.shard, ctx.needs = shard, needs
@@ -129,7 +127,6 @@ def _head_grads(
 ) -> list[Tensor]:
     """Of this rank's part of the head, and of the hidden states over all ranks: a chunk's sum is under way while its
     part of the weight's, and the next chunk, are made."""
-    backend, rows = given.backend(), given.rows
     under_way: list[tuple[Any, slice | Tensor, Tensor]] = []
 
     def sum_hidden(where: slice | Tensor, part: Tensor) -> None:
@@ -138,16 +135,11 @@ def _head_grads(
         under_way.append((work, where, part))
 
     def write(chunk: Chunk) -> None:
-        logits, where = chunk.rows.input, chunk.where
-        if not shard.part.size:
-            return
-        target = chunk.rows.target if given.teacher is not None else rows.target[where]
-        of_all = rows._replace(input=logits, target=target, probs=chunk.of(rows.probs))
-        row_grad = lambda part, stats, g: backend.row_grad(part, stats, g, part.input)  # noqa: E731
-        gradients(of_all, chunk.rows, shard.part, whole.at(where), tuple(chunk.of(g) for g in upstream[:4]), row_grad)
+        if shard.part.size:
+            heads.write_part(given, shard.part, whole, upstream, chunk)
 
-    skipped = None if any(g is not None for g in upstream[1:4]) else heads.without_effect(rows, upstream[0])
-    grads = HeadGrads(given.head, needs, backend.matmul, sum_hidden)
+    grads = HeadGrads(given.head, needs, given.backend().matmul, sum_hidden)
+    skipped = heads.not_asked_for(given.rows, upstream)
     found = heads.sum_up(given._replace(rows=local), grads, write, skipped)
     for work, where, part in under_way:
         if work is not None:
@@ -167,14 +159,6 @@ def over_shard(given: LinearRows, shard: VocabShard, asked: Asked = PLAIN) -> Ou
     rows = rows._replace(input=rows.input[:, :size])
     if given.teacher is not None:
         rows = rows._replace(target=rows.input)
-    head, teacher = (None if h is None else _part_of(h, size) for h in (given.head, given.teacher))
-    assert head is not None
-    given = LinearRows(rows, head, teacher, given.limit)
-    return Outcome(*ShardedHead.apply(*flat(given), shard, asked, needs_of(head)))
-
-
-def _part_of(head: Head, size: int) -> Head:
-    """Without padding."""
-    if head.weight.shape[0] == size:
-        return head
-    return Head(head.hidden, head.weight[:size], None if head.bias is None else head.bias[:size])
+    teacher = None if given.teacher is None else given.teacher.of_classes(0, size)
+    given = LinearRows(rows, given.head.of_classes(0, size), teacher, given.limit)
+    return Outcome(*ShardedHead.apply(*flat(given), shard, asked, needs_of(given.head)))

@@ -20,7 +20,6 @@ _HEADS = ("linear_weight", "linear_bias", "target_linear_weight", "target_linear
 def takes_dtensors(function: _F) -> _F:
     """A loss whose tensors may be DTensors. Where they shard the classes it is computed as with `shard`; it returns
     DTensors, and so are the gradients."""
-    signature = inspect.signature(function)
 
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -28,7 +27,7 @@ def takes_dtensors(function: _F) -> _F:
             from torch.distributed.tensor import DTensor
 
             if any(isinstance(t, DTensor) for t in (*args, *kwargs.values())):
-                return _on_parts(function, signature.bind(*args, **kwargs))
+                return _on_parts(function, inspect.signature(function).bind(*args, **kwargs))
         return function(*args, **kwargs)
 
     return call  # type: ignore[return-value]
@@ -37,8 +36,7 @@ def takes_dtensors(function: _F) -> _F:
 def _on_parts(function: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
     from torch.distributed.tensor import DTensor, Shard
 
-    # Options that a loss passes on (**options) are looked up with the rest.
-    given = {**bound.arguments, **bound.arguments.get("options", {})} if _passes_on(function) else bound.arguments
+    given = _keywords(bound)
     source = "linear_weight" if "linear_weight" in given else "input"
     classes, input = given[source], given["input"]
     if not isinstance(classes, DTensor) or not isinstance(input, DTensor):
@@ -62,7 +60,7 @@ def _on_parts(function: Callable[..., Any], bound: inspect.BoundArguments) -> An
     if shard is not None:
         local["shard"] = shard
     second = source == "input" and dims["input"] == 1
-    result = function(**{**_keywords(function, bound), **local})
+    result = function(**{**given, **local})
     return _wrapped(result, mesh, [None if d is None else d - (d > 1 and second) for d in rows])
 
 
@@ -72,14 +70,13 @@ FSDP has sharded must be whole: compute the loss in the forward of the module th
 module.unshard(), or with module.set_reshard_after_forward(False)"""
 
 
-def _passes_on(function: Callable[..., Any]) -> bool:
-    parameters = inspect.signature(function).parameters.values()
-    return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
-
-
-def _keywords(function: Callable[..., Any], bound: inspect.BoundArguments) -> dict[str, Any]:
+def _keywords(bound: inspect.BoundArguments) -> dict[str, Any]:
+    """All arguments by name, also the options that a loss passes on."""
     given = dict(bound.arguments)
-    return {**given, **given.pop("options", {})} if _passes_on(function) else given
+    for p in bound.signature.parameters.values():
+        if p.kind is p.VAR_KEYWORD:
+            given |= given.pop(p.name, {})
+    return given
 
 
 def _class_dims(name: str, given: dict[str, Any]) -> dict[str, int]:
@@ -108,10 +105,9 @@ def _local(value: Tensor, dim: int | None, axes: list[int], shard: VocabShard | 
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
     if not isinstance(value, DTensor):
-        whole = shard is not None and dim is not None and value.shape[dim] == shard.vocab_size
-        return (
-            value.narrow(dim, shard.start, shard.stop - shard.start) if whole and shard and dim is not None else value
-        )
+        if shard is None or dim is None or value.shape[dim] != shard.vocab_size:
+            return value
+        return value.narrow(dim, shard.start, shard.part.size)
     placements = [Replicate() if isinstance(p, Partial) else p for p in value.placements]
     for axis in axes:
         placements[axis] = Replicate() if dim is None else Shard(dim)

@@ -204,6 +204,15 @@ class Whole(NamedTuple):
     argmax: Tensor | None = None
     picked: Tensor | None = None
 
+    @property
+    def lse(self) -> Tensor:
+        """The log-partition (N,)."""
+        return self.stats[0] + self.stats[1]
+
+    def kept(self) -> list[Tensor]:
+        """What the gradient needs, for `kept_of`."""
+        return [self.stats] if self.tail is None or self.rest is None else [self.stats, *self.tail, self.rest]
+
     def at(self, where: slice | Tensor) -> Whole:
         """Some rows, as their gradient needs them."""
         tail = None if self.tail is None else Log(*(t[where] for t in self.tail))
@@ -216,10 +225,19 @@ def merged(rows: Rows, parts: Fields) -> Whole:
     objective = rows.spec.objective
     merge = _divergence if objective.paired else _tailed if objective == Objective.TOPK_TAIL else _cross_entropy
     whole = merge(rows, parts)
-    if not rows.spec.z_loss or objective == Objective.JS:
+    return whole if objective == Objective.JS else with_z_loss(rows, whole)  # whose loss is the second round's
+
+
+def kept_of(stats: Tensor, *tail: Tensor) -> Whole:
+    """Whole rows, as their gradient needs them."""
+    return Whole(stats[0], stats, Log(*tail[:2]), tail[2]) if tail else Whole(stats[0], stats)
+
+
+def with_z_loss(rows: Rows, whole: Whole) -> Whole:
+    """Of the rows that count."""
+    if not rows.spec.z_loss:
         return whole
-    z_loss = rows.spec.z_loss * (whole.stats[0] + whole.stats[1]) ** 2
-    valid = valid_rows(rows)
+    z_loss, valid = rows.spec.z_loss * whole.lse**2, valid_rows(rows)
     return whole._replace(loss=whole.loss + (z_loss if valid is None else torch.where(valid, z_loss, 0)))
 
 

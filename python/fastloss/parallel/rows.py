@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..arguments import check_indices
 from ..backends import choose_for, native
 from ..reduction import reduce_rows
 from ..rows import RowLoss, call_row_grad, call_row_loss, needs_formula, transforming
-from ..spec import Objective, Reduction, Rows, Spec
+from ..spec import Objective, Reduction, Rows
 from . import merge
-from .merge import Compute, Log, Part, PartLoss, RowGrad, Whole, placed, rows_of, tail_gradient
-from .shard import VocabShard, check_padding, check_targets, gather
+from .merge import Compute, Part, PartLoss, RowGrad, Whole, kept_of, placed, rows_of, tail_gradient
+from .shard import VocabShard, check_padding, gather
 
 
 class Asked(NamedTuple):
@@ -26,6 +27,11 @@ class Asked(NamedTuple):
 
 
 PLAIN = Asked()
+
+
+def statistics(rows: Rows, extras: bool) -> Asked:
+    """What the fields of RowLoss are made of: the log-probability of a class index from its logit."""
+    return Asked(extras, extras and rows.spec.objective == Objective.INDEX)
 
 
 class Outcome(NamedTuple):
@@ -52,30 +58,27 @@ def over_ranks(rows: Rows, local: Rows, shard: VocabShard, compute: Compute, ask
         loss, stats, *_ = compute(local, False, False, whole.stats)
         tilt = stats[4]
     sums = {name: parts.sum(0) for name, parts in gather({"loss": loss, "tilt": tilt}, rows, shard, asked).items()}
-    z_loss = rows.spec.z_loss * (whole.stats[0] + whole.stats[1]) ** 2
-    return Whole(sums["loss"] + z_loss, torch.stack([*whole.stats[:4], sums["tilt"]]))
+    return merge.with_z_loss(rows, Whole(sums["loss"], torch.stack([*whole.stats[:4], sums["tilt"]])))
 
 
 def save(ctx: Any, rows: Rows, local: Rows, whole: Whole, *tensors: Tensor | None) -> None:
     """What the backward of a Function needs of rows: after what it needs besides, which are `tensors`."""
-    tail = () if whole.tail is None or whole.rest is None else (*whole.tail, whole.rest)
     target = None if local.target is rows.target else local.target
-    ctx.save_for_backward(*tensors, rows.target, rows.weight, rows.probs, target, local.probs, whole.stats, *tail)
+    ctx.save_for_backward(*tensors, rows.target, rows.weight, rows.probs, target, local.probs, *whole.kept())
     ctx.specs = rows.spec, local.spec
     ctx.set_materialize_grads(False)
 
 
 def saved(ctx: Any, count: int) -> tuple[list[Any], Callable[[Tensor], tuple[Rows, Rows]], Whole]:
     """The `count` other tensors, what makes (rows, local) of logits, and the whole rows."""
-    target, weight, probs, local_target, local_probs, stats, *tail = ctx.saved_tensors[count:]
+    target, weight, probs, local_target, local_probs, *kept = ctx.saved_tensors[count:]
     spec, local_spec = ctx.specs
 
     def rows_over(input: Tensor) -> tuple[Rows, Rows]:
         rows = Rows(input, target, weight, spec, probs)
         return rows, Rows(input, target if local_target is None else local_target, weight, local_spec, local_probs)
 
-    whole = Whole(stats[0], stats, Log(*tail[:2]), tail[2]) if tail else Whole(stats[0], stats)
-    return list(ctx.saved_tensors[:count]), rows_over, whole
+    return list(ctx.saved_tensors[:count]), rows_over, kept_of(*kept)
 
 
 def outcome(ctx: Any, whole: Whole, asked: Asked) -> Outcome:
@@ -112,18 +115,9 @@ class Sharded(torch.autograd.Function):
     """(input, rest of the rows, shard, asked, inplace) -> Outcome."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        spec: Spec,
-        probs: Tensor | None,
-        shard: VocabShard,
-        asked: Asked,
-        inplace: bool,
-    ) -> Any:
-        rows = Rows(input[:, : shard.part.size], target, weight, spec, probs)
+    def forward(ctx: Any, input: Tensor, *args: Any) -> Any:
+        *fields, shard, asked, inplace = args
+        rows = Rows(input[:, : shard.part.size], *fields)
         local = rows_of(rows, shard.part)
         whole = over_ranks(rows, local, shard, _compute, asked)
         save(ctx, rows, local, whole, input)
@@ -177,7 +171,7 @@ def check(rows: Rows, shard: VocabShard) -> None:
         raise TypeError(f"shard: expected a fastloss.VocabShard or None, got {type(shard).__name__}")
     check_padding(rows.input.shape[1], shard)
     if rows.spec.objective.indexed:
-        check_targets(rows.target, rows.spec.ignore_index, shard.vocab_size)
+        check_indices(rows.target, rows.spec.ignore_index, shard.vocab_size)
     constant = {"target": rows.target, "weight": rows.weight, "probs": rows.probs}
     for name, t in constant.items():
         if t is not None and t.requires_grad and torch.is_grad_enabled():

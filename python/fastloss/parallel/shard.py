@@ -183,23 +183,11 @@ def _check_cover(parts: list[tuple[int, int]], vocab_size: int) -> None:
     raise RuntimeError(f"shard: expected parts that cover [0, {vocab_size}) once, got [start, stop) of {parts} by rank")
 
 
-def check_padding(columns: int, shard: VocabShard, name: str = "input") -> None:
-    """Tensors have at least the shard's classes; more only after the vocabulary's last."""
-    size = shard.stop - shard.start
+def check_padding(columns: int, shard: VocabShard) -> None:
+    """Logits have at least the shard's classes; more only after the vocabulary's last."""
+    size = shard.part.size
     if columns < size or (columns > size and shard.stop != shard.vocab_size):
         raise ValueError(
-            f"{name}: expected this rank's {size} classes, [{shard.start}, {shard.stop}) of {shard.vocab_size}, in the "
+            f"input: expected this rank's {size} classes, [{shard.start}, {shard.stop}) of {shard.vocab_size}, in the "
             f"class dimension{' or more, the rest padding' if shard.stop == shard.vocab_size else ''}, got {columns}"
-        )
-
-
-def check_targets(y: Tensor, ignore_index: int, vocab_size: int) -> None:
-    """Class indices of the whole vocabulary. On devices nothing is waited for."""
-    if y.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    bad = (y != ignore_index) & ((y < 0) | (y >= vocab_size))
-    if bool(bad.any()):
-        raise IndexError(
-            f"target: expected class indices in [0, {vocab_size}) or ignore_index ({ignore_index}), but Target "
-            f"{y[bad][0].item()} is out of bounds."
         )
