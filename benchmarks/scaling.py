@@ -135,7 +135,7 @@ def hidden_table(hidden: Sequence[int], vocab: Sequence[int], tflops: float, mod
     table = []
     for name, tp in (("hgx", 8), ("nvl72", 8), ("nvl72", 64), ("ib", 16), ("ib", 64)):
         for H, V in product(hidden, vocab):
-            fabric, total, rows = FABRICS[name], 4 * HIDDEN_ROWS * H, chunk_rows(HIDDEN_ROWS, V, tp)
+            fabric, total, rows = FABRICS[name], 4 * HIDDEN_ROWS * H, chunk_rows(HIDDEN_ROWS, H, V, tp)
             reduce = model.all_reduce(fabric, tp, total, "sum")
             weight = 2 * HIDDEN_ROWS * H * V / tp / tflops / 1e6
             of_chunk = weight * rows / HIDDEN_ROWS

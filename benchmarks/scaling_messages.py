@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastloss.linear import heads
+from fastloss.linear.chunks import equal_parts
 from fastloss.parallel import merge, shard
 from fastloss.parallel.rows import Asked, _compute
 from fastloss.spec import Objective, Rows, Spec
@@ -74,8 +75,8 @@ CROSS_ENTROPY = len(contributed(_example(Objective.INDEX), Asked()))
 
 def sent(N: int, count: int = CROSS_ENTROPY) -> list[int]:
     """Bytes that a rank puts into each of the all-gathers for N rows of `count` fields: a block, and what is left."""
-    left = N * count * _FLOAT - (shard._BLOCK_BYTES - shard._HEADER_BYTES)
-    return [shard._BLOCK_BYTES] + [left] * (left > 0)
+    left = N * count * _FLOAT - (shard.BLOCK_BYTES - shard._HEADER_BYTES)
+    return [shard.BLOCK_BYTES] + [left] * (left > 0)
 
 
 def ours(N: int, tp: int) -> list[Message]:
@@ -134,10 +135,10 @@ def received(messages: list[Message], tp: int) -> float:
 # ---- chunks and memory ----------------------------------------------------------------------------------------------
 
 
-def chunk_rows(N: int, V: int, tp: int) -> int:
+def chunk_rows(N: int, H: int, V: int, tp: int) -> int:
     """Rows of a chunk of a loss of hidden states, of which the last hides the sum of their gradient."""
-    logits = torch.empty(1, V // tp, dtype=torch.bfloat16, device="meta")
-    return heads.equal_parts(N, heads.rows_at_once(logits, DEFAULT_CHUNK, False))
+    hidden, weight = (torch.empty(n, H, dtype=torch.bfloat16, device="meta").requires_grad_() for n in (N, V // tp))
+    return equal_parts(N, heads.room(heads.Head(hidden, weight, None), DEFAULT_CHUNK)[0])
 
 
 def kept(N: int = 1024) -> float:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 import fastloss
 from fastloss.backends import choose_for, native, reference
-from fastloss.linear.heads import Head, LinearRows, row_loss, stand_in
+from fastloss.linear.chunks import row_loss
+from fastloss.linear.heads import Head, LinearRows, stand_in
 from fastloss.spec import COMPUTE_DTYPE, Objective, Rows, make_spec
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -43,7 +44,7 @@ def made(N: int, H: int, V: int, dtype: torch.dtype, g: torch.Generator, **optio
     probs = torch.rand(N, picks, generator=g) if picks else None
     spec = make_spec(objective=Objective.TOPK if picks else Objective.INDEX, **options)
     weight = torch.rand(V, generator=g) if weighted else None
-    return LinearRows(Rows(stand_in(head), target, weight, spec, probs), head, None, 7)
+    return LinearRows(Rows(stand_in(head), target, weight, spec, probs), head, None, 7, 1 << 20)
 
 
 def exact(given: LinearRows, dtype: torch.dtype, extras: bool) -> list[Tensor]:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastloss
+from fastloss.parallel.shard import BLOCK_BYTES
 
 RANKS = 2
 SHAPES = ((2048, 32000), (32, 103))
@@ -61,6 +62,8 @@ def _alternatives(N: int, V: int) -> dict[str, Callable[[], None]]:
     own = x.detach().clone()
     whole = DTensor.from_local(own, mesh, [Shard(1)], run_check=False, shape=logits.shape, stride=(V, 1))
     whole.requires_grad_()
+    block = torch.zeros(BLOCK_BYTES, dtype=torch.uint8)
+    everyone = block.new_empty(RANKS * BLOCK_BYTES)
 
     def backward(loss: Tensor, of: Tensor) -> None:
         loss.backward()
@@ -75,6 +78,7 @@ def _alternatives(N: int, V: int) -> dict[str, Callable[[], None]]:
         "fastloss DTensor": lambda: backward(fastloss.cross_entropy(whole, target), whole),
         "loss_parallel": parallel,
         "three all-reduces": lambda: backward(ThreeReductions.apply(x, target, shard.start).mean(), x),
+        "one collective alone": lambda: dist.all_gather_into_tensor(everyone, block),
     }
 
 

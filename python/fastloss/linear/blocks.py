@@ -1,30 +1,25 @@
-"""The gradient of a 16-bit head, some classes at a time.
+"""The gradient of a 16-bit head's weight, some classes at a time.
 
-Its sums over rows are float32, twice the size of what they become. Where that is more than the logits that may exist at
-once, a block of classes is summed over all rows and rounded before the next: the kernels know how to take a part of a
-vocabulary (fastloss/parallel/merge.py). The logits are made again for it, so the loss keeps statistics, not gradients.
+Its sums over rows are float32, twice the size of what they become. Where they would take too much, a block of classes
+is summed over all rows and rounded before the next: the kernels know how to take a part of a vocabulary
+(fastloss/parallel/merge.py). The logits are made again for it, when their statistics are known: four products, not
+three. Those of hidden states are made with the statistics, of all classes, and are complete with their rows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..parallel.merge import Log, Part, Whole, rest_of, rows_of
-from ..spec import COMPUTE_DTYPE, Objective, Rows
-from .heads import (
-    HeadGrads,
-    LinearRows,
-    empty,
-    equal_parts,
-    grads_on_chip,
-    not_asked_for,
-    row_bytes,
-    sum_up,
-    write_part,
-)
+from ..spec import COMPUTE_DTYPE, Objective, Reduction, Rows
+from . import grads
+from .chunks import Chunk, equal_parts, not_asked_for, row_loss
+from .grads import HeadGrads
+from .heads import LinearRows, empty, grads_on_chip, row_bytes
 
 _PANEL = 64  # blocks are whole panels of the matrix product's, of any instruction set
 
@@ -33,59 +28,105 @@ def needed(given: LinearRows, needs: list[bool]) -> bool:
     """Whether the weight's gradient is summed in more memory than its logits may take."""
     weight = given.head.weight
     wide = COMPUTE_DTYPE[given.head.dtype].itemsize
-    if not (needs[1] and weight.dtype.itemsize < wide and weight.numel() * wide > _budget(given)):
+    if not (needs[1] and weight.dtype.itemsize < wide and weight.numel() * wide > given.block_bytes):
         return False
     backend = given.backend()
     filters = given.filter_eps > 0 and grads_on_chip(given, backend)  # by tiles of all rows and classes
     return backend.in_parts and not filters
 
 
-def _budget(given: LinearRows) -> int:
-    """Bytes that logits may take."""
-    return given.limit * row_bytes(given.head.weight.shape[0], given.head.dtype, given.teacher is not None)
+def loss_and_grads(given: LinearRows, to: Reduction, needs: list[bool]) -> tuple[Tensor, list[Tensor]]:
+    """As grads.loss_and_grads, but the weight's in its own dtype."""
+    backend, rows = given.backend(), given.rows
+    inside, divisor = grads.divided(given, backend, to)
+    of_hidden = HeadGrads(given.head, [needs[0], False, False], backend.matmul, divisor)
+    losses = torch.empty(len(rows.input), dtype=rows.compute_dtype, device=rows.input.device)
+    upstream = grads.upstream_of(losses, inside)
+    four: list[Tensor | None] = [upstream, None, None, None]
 
+    def add(chunk: Chunk, stats: Tensor) -> None:
+        backend.row_grad(chunk.rows, stats, [chunk.of(g) for g in four], chunk.rows.input)
+        of_hidden.add(chunk)
 
-def _parts(given: LinearRows) -> list[Part]:
-    """Equal blocks of classes, whose sums take half of the budget."""
-    V, H = given.head.weight.shape
-    most = max(_budget(given) // (2 * H * COMPUTE_DTYPE[given.head.dtype].itemsize), 1)
-    size = equal_parts(V, most, _PANEL)
-    return [Part(start, min(start + size, V), V) for start in range(0, V, size)]
+    loss, stats, *_ = row_loss(given, False, None, to.token_weight, add if needs[0] else None)
+    hidden, *_ = of_hidden.result(not_asked_for(rows, four))
+    return grads.summed(loss, rows, to), [hidden, *_weight_grads(given, stats, four, needs, divisor)]
 
 
 def row_grads(given: LinearRows, stats: Tensor, upstream: list[Tensor | None], needs: list[bool]) -> list[Tensor]:
-    """As heads.row_grads, but the weight's in its own dtype."""
-    head, dtype = given.head, COMPUTE_DTYPE[given.head.dtype]
-    skipped = not_asked_for(given.rows, upstream)
-    shapes = head.grad_shapes(needs)
-    hidden = torch.zeros(shapes[0], dtype=dtype, device=head.hidden.device)
-    weight = empty(shapes[1], head.weight.dtype, head.hidden.device)
-    bias = torch.empty(shapes[2], dtype=dtype, device=head.hidden.device)
-    whole = _whole(given.rows, stats)
+    """As grads.row_grads, but the weight's in its own dtype."""
+    hidden, *_ = grads.row_grads(given, stats, upstream, [needs[0], False, False])
+    return [hidden, *_weight_grads(given, stats, upstream, needs)]
+
+
+def _weight_grads(
+    given: LinearRows, stats: Tensor, upstream: list[Tensor | None], needs: list[bool], divisor: Tensor | None = None
+) -> list[Tensor]:
+    """From statistics and upstream gradients of rows as kernels have them."""
+    whole, V = _whole(given.rows, stats), given.head.weight.shape[0]
     of_outcome = _of_outcome(given.rows, whole, upstream)
-    for part in _parts(given):
-        block = _block(given, part)
-        grads = HeadGrads(block.head, needs, given.backend().matmul, hidden=hidden)
-        write = partial(write_part, given, part, whole, of_outcome)
-        _, *found = sum_up(block, grads, write, skipped)
-        for to, grad in zip((weight, bias), found, strict=True):
-            if to.numel():
-                to[part.start : part.stop] = grad
-    return [hidden, weight, bias]
+    return weight_grads(given, Part(0, V, V), whole, of_outcome, needs, not_asked_for(given.rows, upstream), divisor)
 
 
-def _block(given: LinearRows, part: Part) -> LinearRows:
-    """Of the classes of a part, as if there were no others."""
-    classes = slice(part.start, part.stop)
-    head = given.head.of_classes(part.start, part.stop)
-    teacher = None if given.teacher is None else given.teacher.of_classes(part.start, part.stop)
+def weight_grads(
+    given: LinearRows,
+    part: Part,
+    whole: Whole,
+    upstream: Sequence[Tensor | None],
+    needs: list[bool],
+    skipped: Tensor | None,
+    divisor: Tensor | None = None,
+) -> list[Tensor]:
+    """Of weight and bias of a part of the classes, those `given` has, from upstream gradients of an Outcome's first
+    four."""
+    head, dtype = given.head, COMPUTE_DTYPE[given.head.dtype]
+    _, *shapes = head.grad_shapes(needs)
+    weight = empty(shapes[0], head.weight.dtype, head.hidden.device)
+    bias = torch.empty(shapes[1], dtype=dtype, device=head.hidden.device)
+    for block in _blocks(given, part):
+        local = _rows_of(given, part, block)
+        write = partial(grads.write_part, given, block, whole, upstream)
+        within = slice(block.start - part.start, block.stop - part.start)
+        _sum_block(local, [False, *needs[1:]], write, skipped, divisor, weight[within], bias[within])
+    return [weight, bias]
+
+
+def _sum_block(
+    block: LinearRows,
+    needs: list[bool],
+    write: Callable[[Chunk], None],
+    skipped: Tensor | None,
+    divisor: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+) -> None:
+    """Into the last two, where they are wanted; the sums are gone before the next block's are made."""
+    made = HeadGrads(block.head, needs, block.backend().matmul, divisor)
+    _, *found = grads.sum_up(block, made, write, skipped)
+    for to, grad, needed in zip((weight, bias), found, needs[1:], strict=True):
+        if needed:
+            to.copy_(grad)
+
+
+def _blocks(given: LinearRows, part: Part) -> Iterator[Part]:
+    """Of equal size."""
+    row = given.head.weight.shape[1] * COMPUTE_DTYPE[given.head.dtype].itemsize
+    size = equal_parts(part.size, max(given.block_bytes // row, 1), _PANEL)
+    for start in range(part.start, part.stop, size):
+        yield Part(start, min(start + size, part.stop), part.vocab_size)
+
+
+def _rows_of(given: LinearRows, part: Part, block: Part) -> LinearRows:
+    """Of a block of a part's classes, as if there were no others."""
+    classes = slice(block.start - part.start, block.stop - part.start)
+    head = given.head.of_classes(classes.start, classes.stop)
+    teacher = None if given.teacher is None else given.teacher.of_classes(classes.start, classes.stop)
     rows = given.rows
     target = rows.target if rows.spec.objective.indexed else rows.target[:, classes]
     weight = None if rows.weight is None else rows.weight[classes]
-    local = rows_of(rows._replace(input=rows.input[:, classes], target=target, weight=weight), part)
-    # As many rows as the other half of the budget holds.
-    row = row_bytes(part.size, head.dtype, teacher is not None)
-    return LinearRows(local, head, teacher, max(1, _budget(given) // (2 * row)))
+    local = rows_of(rows._replace(input=rows.input[:, classes], target=target, weight=weight), block)
+    limit = max(1, given.block_bytes // row_bytes(block.size, head.dtype, teacher is not None))
+    return LinearRows(local, head, teacher, limit, given.block_bytes)
 
 
 def _whole(rows: Rows, stats: Tensor) -> Whole:

@@ -112,8 +112,9 @@ def linear_cross_entropy(
         options: a ``torch.nn.LinearCrossEntropyOptions``, or None. Its batch_chunk_size is the number of rows whose
             logits may exist at once; the rest asks for what is so anyway (sums in float32, retain_graph).
         z_loss, softcap, logit_scale, token_weight, normalizer, out_dtype, return_stats: as in `cross_entropy`.
-        max_chunk_bytes: logits that may exist at once; one row's always may. Packed operands of the products take a few
-            MiB more.
+        max_chunk_bytes: what logits, and the float32 sums of 16-bit gradients, may take at once; one row's always may.
+            Packed operands of the products take a few MiB more. 16-bit weights of more than an eighth of it in numbers
+            have their logits made once more, a fourth product.
         filter_eps: gradient filtering (Wijmans et al. 2024, arXiv:2411.09009, with 2**-12 for bfloat16).
             A tile of rows x classes of which every |softmax - target| is smaller counts as zero, and its part of the
             gradients' products is not computed. No entry of the logits' gradient is off by as much as filter_eps times
@@ -130,9 +131,9 @@ def linear_cross_entropy(
         IndexError: a class index out of range (on the CPU).  RuntimeError, ValueError, TypeError, NotImplementedError:
         as torch raises, naming the argument.
 
-    Memory: the gradients, in float32 until the backward, and max_chunk_bytes; O(N) beyond them. A second backward, and
-    every backward of reduction="none" or with return_stats, makes the logits again; so does checkpointing. Double
-    backward, ``torch.func`` and forward mode take torch's own operations, with all logits.
+    Memory: the gradients, which the forward makes, and max_chunk_bytes; O(N) beyond them. A second backward, and every
+    backward of reduction="none" or with return_stats, makes the logits again; so does checkpointing. Double backward,
+    ``torch.func`` and forward mode take torch's own operations, with all logits.
 
     >>> hidden, head = torch.zeros(2, 3), torch.zeros(4, 3)
     >>> linear_cross_entropy(hidden, head, torch.tensor([1, -100]))
@@ -184,9 +185,9 @@ def linear_cross_entropy(
         normalizer = arguments.as_normalizer(normalizer, x, reduction)
     to = Reduction(reduction, token_weight, normalizer, arguments.loss_dtype(logits, target, weight, out_dtype))
     filter_eps = arguments.check_filter_eps(filter_eps)
-    limit = heads.rows_at_once(x, max_chunk_bytes, False, getattr(options, "batch_chunk_size", None), shard)
+    limits = heads.room(head, max_chunk_bytes, False, getattr(options, "batch_chunk_size", None), shard)
     rows = Rows(x, y, weight, spec)
-    parts = [LinearRows(some, part, None, limit, filter_eps) for some, part in _parts(rows, head)]
+    parts = [LinearRows(some, part, None, *limits, filter_eps) for some, part in _parts(rows, head)]
     if not return_stats and len(parts) == 1:
         loss = reduced_loss(parts[0], to, shard)
         return loss.reshape(losses) if reduction == "none" else loss

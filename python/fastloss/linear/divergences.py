@@ -12,7 +12,7 @@ from ..divergences import KL_REDUCTIONS, objective_of, objective_of_beta
 from ..parallel import VocabShard, takes_dtensors
 from ..spec import Objective, Rows, make_spec
 from .evaluate import reduced_loss
-from .heads import MAX_CHUNK_BYTES, Head, LinearRows, flattened, rows_at_once, stand_in
+from .heads import MAX_CHUNK_BYTES, Head, LinearRows, flattened, room, stand_in
 
 
 @takes_dtensors
@@ -96,6 +96,6 @@ def _divergence(
     to = arguments.as_reduction(logits, reduction, token_weight, mask, normalizer, out_dtype, KL_REDUCTIONS)
     spec = make_spec(-100, 0.0, z_loss, softcap, logit_scale, objective, temperature, beta)
     x = logits.reshape(-1, logits.shape[-1])
-    limit = rows_at_once(x, max_chunk_bytes, True, None, shard)
-    loss = reduced_loss(LinearRows(Rows(x, x, None, spec), flattened(student), flattened(teacher), limit), to, shard)
+    limits = room(student, max_chunk_bytes, True, None, shard)
+    loss = reduced_loss(LinearRows(Rows(x, x, None, spec), flattened(student), flattened(teacher), *limits), to, shard)
     return loss.reshape(shape) if to.kind == "none" else loss

@@ -12,7 +12,6 @@ from ..parallel import rows as parallel
 from ..reduction import mean_denominator, reduce_rows
 from ..rows import RowLoss, saved_hooks_active
 from ..spec import Reduction
-from . import blocks
 from .heads import LinearRows
 from .rows import PerRow, Reduced, flat, needs_of
 from .sharded import over_shard
@@ -32,8 +31,7 @@ def reduced_loss(given: LinearRows, to: Reduction, shard: VocabShard | None = No
     if _needs_reference(given, to.token_weight, to.normalizer):
         return evaluate.reduced_loss(given.materialised(), to)
     needs = needs_of(given.head)
-    # Checkpointing, offloading, sums of more memory than is allowed: no gradients in the forward.
-    if to.kind == "none" or saved_hooks_active() or blocks.needed(given, needs):
+    if to.kind == "none" or saved_hooks_active():  # checkpointing, offloading: no gradients in the forward
         return reduce_rows(per_row(given).loss, rows, to).to(to.dtype)
     normalizer = to.normalizer
     if normalizer is None and to.kind == "mean":

@@ -13,7 +13,7 @@ from ..logprobs import of_one_class, selective_rows
 from ..parallel import VocabShard, takes_dtensors
 from ..topk import less_entropy, topk_rows
 from .evaluate import per_row, reduced_loss, selected
-from .heads import MAX_CHUNK_BYTES, Head, LinearRows, flattened, rows_at_once, stand_in
+from .heads import MAX_CHUNK_BYTES, Head, LinearRows, flattened, room, stand_in
 
 
 @takes_dtensors
@@ -86,7 +86,7 @@ def _topk(
     numbers = (label_smoothing, z_loss, softcap, logit_scale)
     rows = topk_rows(logits, indices, probs, tail, weight, ignore_index, numbers)
     to = arguments.as_reduction(logits, reduction, token_weight, mask, normalizer, out_dtype)
-    given = LinearRows(rows, flattened(head), None, rows_at_once(rows.input, max_chunk_bytes, False, None, shard))
+    given = LinearRows(rows, flattened(head), None, *room(head, max_chunk_bytes, shard=shard))
     reduced = partial(reduced_loss, shard=shard)
     loss = less_entropy(reduced, given, rows, to) if divergence else reduced(given, to)
     return loss.reshape(logits.shape[:-1]) if reduction == "none" else loss
@@ -126,7 +126,7 @@ def linear_selective_log_softmax(
     arguments.check_linear(*head)
     logits = stand_in(head)
     rows, expected = selective_rows(logits, index, (ignore_index, temperature, softcap, logit_scale))
-    given = LinearRows(rows, flattened(head), None, rows_at_once(rows.input, max_chunk_bytes, False, None, shard))
+    given = LinearRows(rows, flattened(head), None, *room(head, max_chunk_bytes, shard=shard))
     if rows.probs is not None:
         log_prob, entropy = selected(given, return_entropy, shard)
     else:

@@ -24,12 +24,13 @@ from ..rows import (
     selected_upstream,
 )
 from ..spec import Reduction, Rows
-from . import blocks, heads
-from .heads import Head, LinearRows
+from . import blocks, grads
+from .chunks import row_loss
+from .heads import Head, LinearRows, stand_in
 
 _HEAD = "Tensor hidden, Tensor head_weight, Tensor? head_bias"
 _TEACHER = "Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias"
-_NUMBERS = f"{SPEC_SCHEMA}, int limit, float filter_eps"
+_NUMBERS = f"{SPEC_SCHEMA}, int limit, int block_bytes, float filter_eps"
 SCHEMA = f"{_HEAD}, Tensor? target, {_TEACHER}, Tensor? weight, Tensor? probs, {_NUMBERS}"
 library.define(
     f"linear_loss({SCHEMA}, Tensor? token_weight, Tensor? normalizer, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)"
@@ -43,7 +44,7 @@ def flat(given: LinearRows) -> tuple[Any, ...]:
     rows = given.rows
     target = rows.target if given.teacher is None else None
     tensors = *given.head, target, *(given.teacher or (None, None, None)), rows.weight, rows.probs
-    return *tensors, *flat_spec(rows.spec), given.limit, given.filter_eps
+    return *tensors, *flat_spec(rows.spec), given.limit, given.block_bytes, given.filter_eps
 
 
 def record(*args: Any) -> tuple[LinearRows, list[Any]]:
@@ -51,37 +52,41 @@ def record(*args: Any) -> tuple[LinearRows, list[Any]]:
     hidden, head_weight, head_bias, target, u, teacher_weight, teacher_bias, weight, probs, *numbers = args
     head = Head(hidden, head_weight, head_bias)
     teacher = None if u is None else Head(u, teacher_weight, teacher_bias)
-    logits = heads.stand_in(head)
-    spec, (limit, filter_eps, *rest) = record_spec(numbers)
+    logits = stand_in(head)
+    spec, (limit, block_bytes, filter_eps, *rest) = record_spec(numbers)
     rows = Rows(logits, logits if target is None else target, weight, spec, probs)
-    return LinearRows(rows, head, teacher, limit, filter_eps), rest
+    return LinearRows(rows, head, teacher, limit, block_bytes, filter_eps), rest
 
 
 @torch.library.impl(library, "linear_loss", "CompositeExplicitAutograd")
 def _linear_loss(*args: Any) -> tuple[Tensor, ...]:
     given, (token_weight, normalizer, needs) = record(*args)
     to = Reduction("sum", token_weight, normalizer, given.rows.compute_dtype)
-    loss, grads = heads.loss_and_grads(given, to, needs)
-    return loss, *grads
+    loss, made = _by(given, needs).loss_and_grads(given, to, needs)
+    return loss, *made
 
 
 @torch.library.impl(library, "linear_row_loss", "CompositeExplicitAutograd")
 def _linear_row_loss(*args: Any) -> tuple[Tensor, ...]:
     given, (extras,) = record(*args)
-    return tuple(heads.row_loss(given, extras))
+    return tuple(row_loss(given, extras))
 
 
 @torch.library.impl(library, "linear_row_grad", "CompositeExplicitAutograd")
 def _linear_row_grad(*args: Any) -> tuple[Tensor, ...]:
     given, (stats, upstream, needs) = record(*args)
-    row_grads = blocks.row_grads if blocks.needed(given, needs) else heads.row_grads
-    return tuple(row_grads(given, stats, upstream, needs))
+    return tuple(_by(given, needs).row_grads(given, stats, upstream, needs))
 
 
-def fake_grads(given: LinearRows, needs: list[bool], rounded: bool = False) -> list[Tensor]:
+def _by(given: LinearRows, needs: list[bool]) -> Any:
+    """The module whose gradients have memory enough."""
+    return blocks if blocks.needed(given, needs) else grads
+
+
+def fake_grads(given: LinearRows, needs: list[bool]) -> list[Tensor]:
     """As those of a head, without numbers."""
     new, dtype = given.head.hidden.new_empty, given.rows.compute_dtype
-    dtypes = dtype, given.head.weight.dtype if rounded else dtype, dtype
+    dtypes = given.head.hidden.dtype, given.head.weight.dtype if blocks.needed(given, needs) else dtype, dtype
     return [new(s, dtype=d) for s, d in zip(given.head.grad_shapes(needs), dtypes, strict=True)]
 
 
@@ -102,7 +107,7 @@ def _(*args: Any) -> tuple[Tensor, ...]:
 @torch.library.register_fake("fastloss::linear_row_grad", lib=library)
 def _(*args: Any) -> tuple[Tensor, ...]:
     given, (_, _, needs) = record(*args)
-    return tuple(fake_grads(given, needs, blocks.needed(given, needs)))
+    return tuple(fake_grads(given, needs))
 
 
 def needs_of(head: Head) -> list[bool]:
@@ -112,7 +117,7 @@ def needs_of(head: Head) -> list[bool]:
 
 def as_inputs(grads: Any, given: LinearRows, factor: Tensor | None = None) -> list[Tensor | None]:
     """Sums in the compute dtype as gradients of what is differentiated, times a factor."""
-    grads = grads if factor is None else [g * factor for g in grads]
+    grads = grads if factor is None else [g.to(factor.dtype) * factor for g in grads]
     return [None if t is None else g.to(t.dtype) for g, t in zip(grads, given.head, strict=True)]
 
 
@@ -150,9 +155,9 @@ class Reduced(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
-        loss, *grads = torch.ops.fastloss.linear_loss(*args)
+        loss, *made = torch.ops.fastloss.linear_loss(*args)
         # Eager: not saved but held, to be given away. A compiled graph is run anew for every backward.
-        ctx.grads, traced = (None, grads) if torch.compiler.is_compiling() else (grads, [])
+        ctx.grads, traced = (None, made) if torch.compiler.is_compiling() else (made, [])
         save(ctx, args, *traced)
         return loss
 
@@ -167,15 +172,24 @@ class Reduced(torch.autograd.Function):
             return *_formula_grads(outputs, given, needs, [upstream]), *nothing
         if torch.compiler.is_compiling():
             return *as_inputs(traced, given, upstream), *nothing
-        grads = ctx.grads
+        made = ctx.grads
         # They become somebody's .grad: a second backward makes them anew, from the logits.
         ctx.grads = None
-        if grads is None:
-            _, *grads = torch.ops.fastloss.linear_loss(*args)
+        if made is None:
+            _, *made = torch.ops.fastloss.linear_loss(*args)
         if upstream.device.type != "cpu" or upstream.item() != 1:
-            for g in grads:
-                g.mul_(upstream)
-        return *as_inputs(grads, given), *nothing
+            for g in made:
+                _scale(g, upstream, given.limit)
+        return *as_inputs(made, given), *nothing
+
+
+def _scale(grad: Tensor, factor: Tensor, rows: int) -> None:
+    """In place; a factor of more digits than the gradient keeps them."""
+    if grad.dtype == factor.dtype:
+        grad.mul_(factor)
+        return
+    for some in grad.split(rows):
+        some.copy_(some.to(factor.dtype).mul_(factor))
 
 
 class PerRow(torch.autograd.Function):
@@ -211,8 +225,8 @@ class PerRow(torch.autograd.Function):
         if ctx.listed:
             rows, stats, four = selected_upstream(given.rows, stats, *upstream)
             given = given._replace(rows=rows)
-        grads = torch.ops.fastloss.linear_row_grad(*flat(given), stats, four, ctx.needs)
-        return *as_inputs(grads, given), *nothing
+        made = torch.ops.fastloss.linear_row_grad(*flat(given), stats, four, ctx.needs)
+        return *as_inputs(made, given), *nothing
 
 
 def _formula(listed: bool) -> Callable[[Rows], Any]:

@@ -20,8 +20,10 @@ from ..parallel.rows import PLAIN, Asked, Outcome, check, of_part, outcome, over
 from ..parallel.shard import group_named, group_of
 from ..rows import library
 from ..spec import COMPUTE_DTYPE, Objective, Rows
-from . import heads
-from .heads import Chunk, Head, HeadGrads, LinearRows
+from . import blocks, grads
+from .chunks import chunks, not_asked_for, row_loss
+from .grads import HeadGrads
+from .heads import Head, LinearRows
 from .rows import SCHEMA, as_inputs, fake_grads, flat, needs_of, record, save, saved
 
 _SHARD = "int start, int stop, int vocab_size, str group, bool sum_hidden"
@@ -111,7 +113,7 @@ class ShardedHead(torch.autograd.Function):
 
 
 def _compute(given: LinearRows, local: Rows, extras: bool, picks: bool, whole: Tensor | None) -> PartLoss:
-    loss, stats, argmax, logits = heads.row_loss(given._replace(rows=local), extras, whole)
+    loss, stats, argmax, logits = row_loss(given._replace(rows=local), extras, whole)
     return PartLoss(loss, stats, argmax, _logits_of(given.head, argmax) if extras else loss, logits)
 
 
@@ -127,26 +129,19 @@ def _head_grads(
 ) -> list[Tensor]:
     """Of this rank's part of the head, and of the hidden states over all ranks: a chunk's sum is under way while its
     part of the weight's, and the next chunk, are made."""
-    under_way: list[tuple[Any, slice | Tensor, Tensor]] = []
-
-    def sum_hidden(where: slice | Tensor, part: Tensor) -> None:
-        sums = shard.ranks > 1 and shard.sum_hidden
-        work = dist.all_reduce(part, group=shard.group, async_op=True) if sums else None
-        under_way.append((work, where, part))
-
-    def write(chunk: Chunk) -> None:
+    backend, skipped = given.backend(), not_asked_for(given.rows, upstream)
+    by_blocks = blocks.needed(given, needs)
+    of_chunks = [needs[0], False, False] if by_blocks else needs
+    sums = shard.ranks > 1 and shard.sum_hidden
+    begin_sum = partial(dist.all_reduce, group=shard.group, async_op=True) if sums else None
+    made = HeadGrads(given.head, of_chunks, backend.matmul, None, begin_sum)
+    for chunk in chunks(given._replace(rows=local), backend, skipped) if any(of_chunks) else ():
         if shard.part.size:
-            heads.write_part(given, shard.part, whole, upstream, chunk)
-
-    grads = HeadGrads(given.head, needs, given.backend().matmul, sum_hidden)
-    skipped = heads.not_asked_for(given.rows, upstream)
-    found = heads.sum_up(given._replace(rows=local), grads, write, skipped)
-    for work, where, part in under_way:
-        if work is not None:
-            work.wait()
-        if isinstance(where, Tensor):
-            grads.hidden[where] = part
-    return found
+            grads.write_part(given, shard.part, whole, upstream, chunk)
+        made.add(chunk)
+    weight = blocks.weight_grads(given, shard.part, whole, upstream, needs, skipped) if by_blocks else []
+    found = made.result(skipped)
+    return [found[0], *weight] if by_blocks else found
 
 
 def over_shard(given: LinearRows, shard: VocabShard, asked: Asked = PLAIN) -> Outcome:
@@ -160,5 +155,5 @@ def over_shard(given: LinearRows, shard: VocabShard, asked: Asked = PLAIN) -> Ou
     if given.teacher is not None:
         rows = rows._replace(target=rows.input)
     teacher = None if given.teacher is None else given.teacher.of_classes(0, size)
-    given = LinearRows(rows, given.head.of_classes(0, size), teacher, given.limit)
+    given = LinearRows(rows, given.head.of_classes(0, size), teacher, given.limit, given.block_bytes)
     return Outcome(*ShardedHead.apply(*flat(given), shard, asked, needs_of(given.head)))

@@ -100,7 +100,7 @@ def gather(fields: Fields, rows: Rows, shard: VocabShard, asked: tuple[bool, ...
 
 # What ranks send is a block of this size, whatever they send: those that disagree must not wait for different numbers
 # of bytes. It starts with what they must agree upon. What does not fit follows, when they are known to agree.
-_BLOCK_BYTES = 1 << 16
+BLOCK_BYTES = 1 << 16
 _ALIKE = ("vocab_size", "rows", "dtype", "loss", "options", "class weights")
 _HEADER_BYTES = 8 * (2 + len(_ALIKE))
 _agreed: set[tuple[tuple[int, ...], ...]] = set()
@@ -108,8 +108,8 @@ _agreed: set[tuple[tuple[int, ...], ...]] = set()
 
 def _all_gather_checked(mine: Tensor, header: tuple[int, ...], shard: VocabShard) -> Tensor:
     """Bytes (B,) of all ranks, (R, B); the same error on every rank where their headers disagree."""
-    block = mine.new_empty(_BLOCK_BYTES)
-    first = min(len(mine), _BLOCK_BYTES - _HEADER_BYTES)
+    block = mine.new_empty(BLOCK_BYTES)
+    first = min(len(mine), BLOCK_BYTES - _HEADER_BYTES)
     block[:_HEADER_BYTES].view(torch.int64).copy_(_on(header, mine.device))
     block[_HEADER_BYTES : _HEADER_BYTES + first] = mine[:first]
     everyone = _gathered(block, shard)
