@@ -7,8 +7,13 @@ BIN := $(VENV)/bin
 SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc python -name '*.cpp' -o -name '*.h' -o -name '*.cu*' -o -name '*.py')
 CXX_FILES = $$(git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 SANITIZED := build/sanitize/site
+# The options of CMakeLists.txt, for kernels that are run without Python: of the instruction set $(1), as kernels_$(2).
+ALONE = -std=c++17 -Wall -Wextra -Werror -Wno-psabi -ffp-contract=fast -fno-math-errno -fno-trapping-math \
+  -DFASTLOSS_ISA=$(1) -DFASTLOSS_ISA_NAME='"$(1)"' csrc/cpu/rows.cpp tests/kernels_alone.cpp -o build/kernels_$(2)
+ON_AVX2 := on-avx2-avx512 on-avx2-avx512_bf16
 
-.PHONY: help demo train-tp test test-all sanitize lint format bench bench-quick gpu-traffic docs wheel aarch64 clean
+.PHONY: help demo train-tp test test-all sanitize lint format bench bench-quick gpu-traffic docs wheel aarch64 avx512 $(ON_AVX2) \
+  clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -60,10 +65,15 @@ wheel: $(VENV)/.build  ## a wheel in dist/
 
 aarch64:  ## the CPU kernels for NEON, compiled and run (needs g++-aarch64-linux-gnu and qemu-user)
 	mkdir -p build
-	aarch64-linux-gnu-g++ -std=c++17 -O3 -Wall -Wextra -Werror -Wno-psabi -ffp-contract=fast -fno-math-errno \
-	  -fno-trapping-math -DFASTLOSS_ISA=baseline -DFASTLOSS_ISA_NAME='"baseline"' -static csrc/cpu/rows.cpp \
-	  tests/kernels_alone.cpp -o build/kernels_aarch64
+	aarch64-linux-gnu-g++ -O3 -static $(call ALONE,baseline,aarch64)
 	qemu-aarch64 build/kernels_aarch64
+
+avx512: $(ON_AVX2)  ## the CPU kernels for AVX-512, compiled and run with AVX2 (needs libsimde-dev)
+
+$(ON_AVX2): on-avx2-%:
+	mkdir -p build
+	$(CXX) -O1 -mavx2 -mfma -mf16c -include tests/avx512_on_avx2.h -DEMULATED_$* $(call ALONE,$*,$*)
+	build/kernels_$*
 
 clean:  ## builds, caches and outputs; not .venv
 	rm -rf build dist out .pytest_cache .hypothesis .ruff_cache .mypy_cache

@@ -1,5 +1,6 @@
 // The CPU kernels without Python or torch, against the textbook in double: for processors that are only emulated here.
-// `make aarch64` compiles it for NEON and runs it under qemu. Prints what is wrong; exits with 1 if anything is.
+// `make aarch64` compiles it for NEON and runs it under qemu, `make avx512` for AVX-512 by what AVX2 has. Prints what
+// is wrong; exits with 1 if anything is.
 #include <array>
 #include <cmath>
 #include <cstdio>
@@ -8,6 +9,12 @@
 #include <vector>
 
 #include "../csrc/cpu/rows.h"
+
+#if defined(__aarch64__)
+typedef __fp16 Binary16;
+#else
+typedef _Float16 Binary16;
+#endif
 
 namespace fastloss {
 namespace FASTLOSS_ISA {
@@ -37,7 +44,7 @@ double read(const char* p, DType dtype) {
     case DType::kBFloat16:
       return bits<float>(uint32_t(half) << 16);
     default:
-      return bits<__fp16>(half);
+      return bits<Binary16>(half);
   }
 }
 
@@ -51,7 +58,7 @@ void write(char* p, DType dtype, double& x) {
   } else {
     const uint32_t wide = bits<uint32_t>(float(x));
     const uint16_t brain = uint16_t((wide + 0x7fffu + ((wide >> 16) & 1u)) >> 16);
-    const uint16_t half = dtype == DType::kBFloat16 ? brain : bits<uint16_t>(__fp16(float(x)));
+    const uint16_t half = dtype == DType::kBFloat16 ? brain : bits<uint16_t>(Binary16(float(x)));
     std::memcpy(p, &half, 2);
   }
   x = read(p, dtype);
@@ -67,10 +74,11 @@ struct Case {
   double softcap, label_smoothing;
 };
 
-// The mean loss, and its gradient in `g`.
+// The mean loss, and its gradient in `g`; rows of negative targets are ignored.
 double textbook(const Case& c, const std::vector<double>& x, const std::vector<int64_t>& y, std::vector<double>& g) {
   double loss = 0;
   for (int64_t i = 0; i < c.N; ++i) {
+    if (y[size_t(i)] < 0) continue;
     std::vector<double> z(x.begin() + i * c.V, x.begin() + (i + 1) * c.V);
     double top = -INFINITY, sum = 0;
     for (double& v : z) {
@@ -124,56 +132,97 @@ bool agrees(const Case& c, std::mt19937& random) {
   return false;
 }
 
-// `count` numbers of a dtype, written into `values` as they are rounded.
-std::vector<char> numbers(DType dtype, int64_t count, std::mt19937& random, std::vector<double>& values) {
-  std::normal_distribution<double> normal(0, 1);
-  const int64_t size = size_of(dtype);
-  std::vector<char> stored(size_t(count * size));
-  values.resize(size_t(count));
-  for (int64_t k = 0; k < count; ++k) write(&stored[size_t(k * size)], dtype, values[size_t(k)] = normal(random));
-  return stored;
-}
+enum class Layout { kRows, kColumns, kEveryOther };
 
-std::vector<double> product(const std::vector<double>& a, const std::vector<double>& b, int64_t M, int64_t N,
-                            int64_t K) {
+// A matrix of a dtype, its numbers in `values` as they are rounded. Between those of kEveryOther are NaNs, and
+// after the last of them in any layout as many as a row or a column has numbers.
+struct Numbers {
+  std::vector<double> values;
+  std::vector<char> stored;
+  Strided matrix;
+
+  Numbers(DType dtype, int64_t rows, int64_t cols, Layout layout, std::mt19937& random, double scale = 1)
+      : values(size_t(rows * cols)) {
+    std::normal_distribution<double> normal(0, scale);
+    const bool columns = layout == Layout::kColumns;
+    const int64_t step = layout == Layout::kEveryOther ? 2 : 1, size = size_of(dtype);
+    stored.assign(size_t((rows * cols + rows + cols) * step * size), char(0xff));
+    matrix = {stored.data(), rows, cols, columns ? step : cols * step, columns ? rows * step : step, dtype};
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < cols; ++j) {
+        double& x = values[size_t(i * cols + j)] = normal(random);
+        write(const_cast<char*>(matrix.at(i, j)), dtype, x);
+      }
+  }
+
+  Strided transposed() const {
+    return {matrix.data, matrix.cols, matrix.rows, matrix.col_stride, matrix.row_stride, matrix.dtype};
+  }
+};
+
+// a (M, K) and b (N, K), transposed, in double.
+std::vector<double> product(const Numbers& a, const Numbers& b) {
+  const int64_t M = a.matrix.rows, N = b.matrix.rows, K = a.matrix.cols;
   std::vector<double> c(size_t(M * N), 0.0);
   for (int64_t i = 0; i < M; ++i)
     for (int64_t j = 0; j < N; ++j)
-      for (int64_t k = 0; k < K; ++k) c[size_t(i * N + j)] += a[size_t(i * K + k)] * b[size_t(j * K + k)];
+      for (int64_t k = 0; k < K; ++k) c[size_t(i * N + j)] += a.values[size_t(i * K + k)] * b.values[size_t(j * K + k)];
   return c;
 }
 
-// A product of (M, K) and, transposed, (N, K), against sums in double.
-bool multiplies(DType dtype, int64_t M, int64_t N, int64_t K, std::mt19937& random) {
-  const int64_t out_size = dtype == DType::kFloat64 ? 8 : 4;
-  std::vector<double> left, right;
-  std::vector<char> a = numbers(dtype, M * K, random, left), b = numbers(dtype, N * K, random, right),
-                    out(size_t(M * N * out_size));
+// The kernels' product of a and b, transposed, `times` over: start + a b, then C + a b.
+std::vector<double> multiply(const Numbers& a, const Numbers& b, const Numbers& start, int times) {
+  const DType summed = start.matrix.dtype;
+  const int64_t size = size_of(summed);
+  std::vector<double> sums(size_t(a.matrix.rows * b.matrix.rows));
+  std::vector<char> out(sums.size() * size_t(size));
   Product p;
-  p.a = {a.data(), M, K, K, 1, dtype};
-  p.b = {b.data(), K, N, 1, K, dtype};
-  p.out = out.data();
-  p.stride = N;
-  kernels_of(dtype).matmul(p);
-  const std::vector<double> sums = product(left, right, M, N, K);
-  const DType summed = dtype == DType::kFloat64 ? dtype : DType::kFloat32;
+  p.a = a.matrix, p.b = b.transposed();
+  p.out = out.data(), p.stride = b.matrix.rows;
+  p.start = start.stored.data();
+  for (int i = 0; i < times; ++i, p.start = nullptr, p.add = true) kernels_of(summed).matmul(p);
+  for (size_t k = 0; k < sums.size(); ++k) sums[k] = read(&out[k * size_t(size)], summed);
+  return sums;
+}
+
+// A product of (M, K) and, transposed, (N, K), against sums in double.
+bool multiplies(DType left, DType right, std::array<int64_t, 3> shape, Layout layout, std::mt19937& random) {
+  const auto [M, N, K] = shape;
+  const DType summed = left == DType::kFloat64 ? left : DType::kFloat32;
+  const Numbers a(left, M, K, layout, random), b(right, N, K, layout, random),
+      start(summed, 1, N, Layout::kRows, random);
+  const std::vector<double> sums = multiply(a, b, start, 2), want = product(a, b);
   double error = 0;
   for (size_t k = 0; k < sums.size(); ++k) {
-    const double off = std::fabs(read(&out[k * size_t(out_size)], summed) - sums[k]);
+    const double off = std::fabs(sums[k] - (2 * want[k] + start.values[k % size_t(N)]));
     error = off > error || off != off ? off : error;
   }
-  if (error <= std::sqrt(double(K)) * (dtype == DType::kFloat64 ? 1e-14 : 4e-6)) return true;
-  std::printf("dtype %d, product of (%ld, %ld) and (%ld, %ld): off by %g\n", int(dtype), long(M), long(K), long(K),
-              long(N), error);
+  if (error <= std::sqrt(double(K)) * (summed == DType::kFloat64 ? 2e-14 : 8e-6)) return true;
+  std::printf("dtypes %d and %d, layout %d, product of (%ld, %ld) and (%ld, %ld): off by %g\n", int(left), int(right),
+              int(layout), long(M), long(K), long(K), long(N), error);
+  return false;
+}
+
+// Numbers below the normal range count; where the processor multiplies bfloat16 as they are, they are zeros.
+bool keeps_subnormals(std::mt19937& random) {
+  const DType dtype = DType::kBFloat16;
+  const Numbers a(dtype, 5, 7, Layout::kRows, random, 0x1p-131), b(dtype, 9, 7, Layout::kRows, random, 0x1p120),
+      start(DType::kFloat32, 1, 9, Layout::kRows, random, 0);
+  const std::vector<double> sums = multiply(a, b, start, 1), want = product(a, b);
+  const bool zeros = std::strcmp(kernels_of(dtype).isa, "avx512_bf16") == 0;
+  double error = 0;
+  for (size_t k = 0; k < sums.size(); ++k) error = std::fmax(error, std::fabs(sums[k] - (zeros ? 0 : want[k])));
+  if (error <= 0x1p-11 * 1e-5) return true;
+  std::printf("products of bfloat16 below the normal range: off by %g\n", error);
   return false;
 }
 
 // Losses of hidden states (N, H) whose logits are not written.
 bool scores(const Case& c, int64_t H, std::mt19937& random) {
-  std::vector<double> h, w, unused(size_t(c.N * c.V));
-  std::vector<char> hidden = numbers(c.dtype, c.N * H, random, h), weight = numbers(c.dtype, c.V * H, random, w);
+  const Numbers hidden(c.dtype, c.N, H, Layout::kRows, random), weight(c.dtype, c.V, H, Layout::kRows, random);
+  std::vector<double> unused(size_t(c.N * c.V));
   std::vector<int64_t> y(size_t(c.N), 0);
-  for (auto& t : y) t = int64_t(random() % uint64_t(c.V));
+  for (size_t i = 0; i < y.size(); ++i) y[i] = i % 5 == 2 ? -100 : int64_t(random() % uint64_t(c.V));
   Rows rows;
   rows.input = {nullptr, c.N, c.V, 0, c.dtype};
   rows.target = y.data();
@@ -182,13 +231,12 @@ bool scores(const Case& c, int64_t H, std::mt19937& random) {
   std::vector<double> losses(size_t(c.N)), stats(size_t(c.N * kStats)), listed(size_t(c.N));  // of floats the half
   RowOutputs out{losses.data(), stats.data()};
   out.listed = listed.data();
-  kernels_of(c.dtype).head_loss(rows, {{hidden.data(), c.N, H, H, 1, c.dtype}, {weight.data(), H, c.V, 1, H, c.dtype}},
-                                out);
+  kernels_of(c.dtype).head_loss(rows, {hidden.matrix, weight.transposed()}, out);
   const DType summed = c.dtype == DType::kFloat64 ? c.dtype : DType::kFloat32;
   double loss = 0;
   for (int64_t i = 0; i < c.N; ++i)
     loss += read(reinterpret_cast<const char*>(losses.data()) + i * size_of(summed), summed) / double(c.N);
-  const double truth = textbook(c, product(h, w, c.N, c.V, H), y, unused), off = std::fabs(loss - truth);
+  const double truth = textbook(c, product(hidden, weight), y, unused), off = std::fabs(loss - truth);
   if (off <= std::fmax(1, std::fabs(truth)) * (c.dtype == DType::kFloat64 ? 1e-13 : 2e-6)) return true;
   std::printf("dtype %d, hidden states (%ld, %ld), %ld classes, softcap %g, smoothing %g: loss off by %g\n",
               int(c.dtype), long(c.N), long(H), long(c.V), c.softcap, c.label_smoothing, off);
@@ -209,17 +257,22 @@ int main() {
           ++count;
           wrong += !agrees({DType(dtype), 3, V, softcap, smoothing}, random);
         }
+  // Whole register tiles and parts of them, sums longer than what is added up at once, an odd number of terms.
+  for (const auto shape : {std::array<int64_t, 3>{1, 1, 1}, {6, 8, 4}, {24, 64, 257}, {7, 33, 135}, {40, 5, 2051}})
+    for (const Layout layout : {Layout::kRows, Layout::kColumns, Layout::kEveryOther})
+      for (const auto [left, right] :
+           {std::array<int, 2>{0, 0}, {1, 1}, {2, 2}, {3, 3}, {0, 2}, {2, 0}, {2, 3}, {3, 2}}) {
+        ++count;
+        wrong += !multiplies(DType(left), DType(right), shape, layout, random);
+      }
+  ++count;
+  wrong += !keeps_subnormals(random);
   for (int dtype = 0; dtype < 4; ++dtype)
-    for (const auto [M, N, K] : {std::array<int64_t, 3>{1, 1, 1}, {6, 8, 4}, {7, 33, 130}, {40, 5, 1100}}) {
-      ++count;
-      wrong += !multiplies(DType(dtype), M, N, K, random);
-    }
-  for (int dtype = 0; dtype < 4; ++dtype)
-    for (const auto [N, H, V] : {std::array<int64_t, 3>{1, 1, 1}, {7, 5, 300}, {13, 1100, 33}, {3, 8, 20000}})
+    for (const auto [N, H, V] : {std::array<int64_t, 3>{1, 1, 1}, {7, 5, 300}, {13, 2051, 33}, {3, 8, 20000}})
       for (const double option : {0.0, 0.1}) {
         ++count;
         wrong += !scores({DType(dtype), N, V, 50 * option, option}, H, random);
       }
-  std::printf("%d cases, %d wrong\n", count, wrong);
+  std::printf("%s: %d cases, %d wrong\n", FASTLOSS_ISA_NAME, count, wrong);
   return wrong > 0;
 }

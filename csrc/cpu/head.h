@@ -37,8 +37,11 @@ struct Segment {
   }
 };
 
-template <class F>
+template <class T>
 class HeadLoss {
+  using F = typename T::Sum;
+  using Packed = typename T::Packed;
+
  public:
   HeadLoss(const Rows& rows, const Head& head, const RowOutputs& out)
       : rows_(rows),
@@ -49,9 +52,10 @@ class HeadLoss {
         stats_{static_cast<F*>(out.stats), rows.input.rows},
         class_weights_(rows),
         V_(rows.input.cols),
-        H_(head.hidden.cols),
-        depth_(std::max<int64_t>(1, std::min(H_, kDepth))),
-        block_(std::clamp<int64_t>(kBlockBytes / int64_t(sizeof(F)) / depth_ / kTileCols<F>, 1, kSlice / kTileCols<F>) *
+        H_(steps_of<T>(head.hidden.cols)),
+        depth_(depth_of<T>(head.hidden.cols)),
+        block_(std::clamp<int64_t>(kBlockBytes / int64_t(sizeof(Packed)) / depth_ / kTileCols<F>, 1,
+                                   kSlice / kTileCols<F>) *
                kTileCols<F>),
         segment_(round_up(std::max<int64_t>((V_ + kSegments - 1) / kSegments, 1), kSlice)),
         segments_((V_ + segment_ - 1) / segment_) {
@@ -66,12 +70,13 @@ class HeadLoss {
     const int64_t count = int64_t(which_.size());
     if (count == 0) return;
     const int64_t most =
-        std::clamp<int64_t>(kGroupBytes / (std::max<int64_t>(H_, 1) * int64_t(sizeof(F))), kTileRows, kGroup);
+        std::clamp<int64_t>(kGroupBytes / (std::max<int64_t>(H_, 1) * int64_t(sizeof(Packed))), kTileRows, kGroup);
     const int64_t groups = (count + most - 1) / most, group = (count + groups - 1) / groups;  // of equal size
-    packed_ = aligned_array<F>(round_up(group, kTileRows) * H_);
+    packed_ = aligned_array<Packed>(round_up(group, kTileRows) * H_);
     states_.resize(size_t(group * segments_));
     for (int64_t worker = 0; worker < std::min<int64_t>(rows_.threads, segments_); ++worker)
-      scratch_.push_back({aligned_array<F>(block_ * depth_), aligned_array<F>(round_up(group, kTileRows) * kSlice)});
+      scratch_.push_back(
+          {aligned_array<Packed>(block_ * depth_), aligned_array<F>(round_up(group, kTileRows) * kSlice)});
     for (int64_t begin = 0; begin < count; begin += group)
       reduce_group(which_.data() + begin, std::min(group, count - begin));
   }
@@ -88,11 +93,12 @@ class HeadLoss {
   // Of a group: its rows, their hidden states in panels, block of depth after block, and their states by segments.
   const int64_t* group_ = nullptr;
   int64_t count_ = 0;
-  Aligned<F> packed_;
+  Aligned<Packed> packed_;
   std::vector<Segment<F>> states_;
   // Of a thread: a packed block of the weight, and a slice of the group's logits.
   struct Scratch {
-    Aligned<F> block, z;
+    Aligned<Packed> block;
+    Aligned<F> z;
   };
   std::vector<Scratch> scratch_;
 
@@ -124,36 +130,36 @@ class HeadLoss {
     }
   }
 
-  const F* packed(int64_t i, int64_t k) const {
+  const Packed* packed(int64_t i, int64_t k) const {
     return packed_.get() + k * round_up(count_, kTileRows) + i * std::min(depth_, H_ - k);
   }
 
   // The panel of the group's rows from i, over one block of depth.
   void pack_rows(int64_t i, int64_t k) {
     const int64_t n = std::min<int64_t>(kTileRows, count_ - i), depth = std::min(depth_, H_ - k);
-    F* const out = const_cast<F*>(packed(i, k));
-    if (group_[i + n - 1] - group_[i] == n - 1) return pack<kTileRows>(hidden_, group_[i], n, k, depth, out);
-    visit<F>(hidden_.dtype, [&](auto element) {
-      using E = decltype(element);
-      for (int64_t r = 0; r < kTileRows; ++r) {
-        const auto* p = reinterpret_cast<const typename E::Storage*>(hidden_.at(group_[i + std::min(r, n - 1)], k));
-        for (int64_t t = 0; t < depth; ++t)
-          out[t * kTileRows + r] = r < n ? widened<E, F>(p + t * hidden_.col_stride) : F(0);
+    Packed* const out = const_cast<Packed*>(packed(i, k));
+    if (group_[i + n - 1] - group_[i] == n - 1) return pack<T, kTileRows>(hidden_, group_[i], n, k, depth, out);
+    const int64_t first = k * T::kTerms, terms = std::min(depth * T::kTerms, hidden_.cols - first);
+    T::visit(hidden_.dtype, [&](auto read) {
+      using R = decltype(read);
+      for (int64_t r = 0; r < kTileRows; ++r) {  // beyond n, where nobody looks, the last row again
+        const char* p = hidden_.at(group_[i + std::min(r, n - 1)], first);
+        pack_row<R, kTileRows>(reinterpret_cast<const typename R::Storage*>(p), terms, hidden_.col_stride, out + r);
       }
     });
   }
 
   // The logits of the group's rows for n classes, in rows of kSlice.
-  void multiply(int64_t first, int64_t n, F* block, F* z) const {
+  void multiply(int64_t first, int64_t n, Packed* block, F* z) const {
     for (int64_t j = 0; j < n; j += block_)
       for (int64_t k = 0; k == 0 || k < H_; k += depth_) {
         const int64_t cols = std::min(block_, n - j), depth = std::min(depth_, H_ - k);
-        pack<kTileCols<F>>(weight_, first + j, cols, k, depth, block);
+        pack<T, kTileCols<F>>(weight_, first + j, cols, k, depth, block);
         for (int64_t i = 0; i < count_; i += kTileRows)
           for (int64_t l = 0; l < cols; l += kTileCols<F>)
-            tile_product(packed(i, k), block + l * depth, depth, z + i * kSlice + j + l, kSlice, kTileRows,
-                         int(std::min<int64_t>(kTileCols<F>, cols - l)), k > 0,
-                         bias_ ? bias_ + first + j + l : nullptr);
+            tile_product<T>(packed(i, k), block + l * depth, depth, z + i * kSlice + j + l, kSlice, kTileRows,
+                            int(std::min<int64_t>(kTileCols<F>, cols - l)), k > 0,
+                            bias_ ? bias_ + first + j + l : nullptr);
       }
   }
 
@@ -195,7 +201,7 @@ class HeadLoss {
 
 template <class F>
 void head_loss(const Rows& rows, const Head& head, const RowOutputs& out) {
-  HeadLoss<F>(rows, head, out).run();
+  visit<F>(head.hidden.dtype, head.weight.dtype, [&](auto terms) { HeadLoss<decltype(terms)>(rows, head, out).run(); });
 }
 
 }  // namespace FASTLOSS_ISA

@@ -37,6 +37,10 @@ struct SimdTypes<double> {
   typedef double Vec __attribute__((vector_size(kVectorBytes)));
   typedef int64_t Int __attribute__((vector_size(kVectorBytes)));
 };
+template <>
+struct SimdTypes<uint32_t> {
+  typedef uint32_t Vec __attribute__((vector_size(kVectorBytes)));
+};
 template <class F>
 using Vec = typename SimdTypes<F>::Vec;
 template <class F>
@@ -47,7 +51,7 @@ constexpr int kLanes = kVectorBytes / int(sizeof(F));
 // 16-bit floats travel as bits: one per float lane, or a whole vector of them for two vectors of floats.
 typedef uint16_t Half __attribute__((vector_size(kVectorBytes / 2)));
 typedef uint16_t Halves __attribute__((vector_size(kVectorBytes)));
-typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
+using Bits = Vec<uint32_t>;
 
 template <class V, class T>
 inline V load_as(const T* p) {
