@@ -7,10 +7,12 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
+import pytest
 import torch
 from gpu_on_cpu import find_ptxemu
 
@@ -27,6 +29,10 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942", "gfx950")
 def emulated(**options: Any) -> Iterator[list[Any]]:
     """Inside, the triton backend runs on CPU tensors: compiled for sm_80 and executed by ptxemu. Yields the counters of
     each launch."""
+    if find_spec("triton") is None:
+        pytest.skip("triton is not installed: pip install triton")
+    if find_ptxemu() is None:
+        pytest.skip("executes PTX with ptxemu, which is neither installed nor in ../shared")
     backend.device_types.add("cpu")
     try:
         with fastloss.use_backend("triton"), find_ptxemu().triton_emulate(check_races=True, **options) as log:

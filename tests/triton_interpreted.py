@@ -9,6 +9,7 @@ from typing import Any
 
 import cases
 import pytest
+import test_parts
 import test_triton_head_grads
 import test_triton_heads
 import torch
@@ -40,6 +41,7 @@ from test_numerics import (  # noqa: F401
     test_one_bad_row_stays_alone,
     test_target_on_a_masked_class,
 )
+from test_sharded import cut
 from triton.runtime.autotuner import Autotuner
 from triton_engine import in_shapes, taking_turns
 
@@ -105,6 +107,15 @@ def test_heads(engine, options, generator):
 def test_head_gradients(engine, options, reduction, filter_eps, generator):
     given = {**test_triton_heads.OPTIONS[options], "filter_eps": filter_eps}
     test_triton_head_grads.check(70, 140, 21, torch.float16, generator, reduction, **given)
+
+
+@pytest.mark.parametrize("case", test_parts.ALL[::3], ids=lambda case: case.name)
+def test_vocabularies_in_parts(engine, case, generator):
+    """Two and three of them, wherever they are cut, of logits and of hidden states."""
+    turn = test_parts.ALL.index(case)
+    for ranks, check in (2, test_parts.check_heads), (3, test_parts.check_exactly):
+        dtype = (torch.float32, torch.bfloat16, torch.float16)[(turn + ranks) % 3]
+        check(case, 3, cut(131, ranks, generator), dtype, generator)
 
 
 @pytest.mark.parametrize("turn", range(1, 4))
