@@ -11,6 +11,7 @@ import pytest
 import torch
 from cuda_engine import cuda_on_host
 from torch import Tensor
+from triton_engine import emulated
 
 import fastloss
 from fastloss.backends import native
@@ -26,6 +27,8 @@ def on_engine(name: str) -> AbstractContextManager[Any]:
     backend, _, where = name.partition(":")
     if where == "host":
         return cuda_on_host()
+    if where == "ptx":
+        return emulated()
     stack = ExitStack()
     stack.enter_context(fastloss.use_backend(backend))
     if where == "gpu":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from typing import Any
 
 import torch
@@ -43,6 +44,18 @@ class Call:
         _, target, self.options = case.inputs(N, V, dtype, g)
         self.target: Any = head(V, H + 5, dtype, g, N) if case.objective.paired else target
         self.head = head(V, H, dtype, g, N)
+
+    def of_classes(self, part: slice) -> Call:
+        """What a rank has of it."""
+        own = copy(self)
+        own.options, own.head = dict(self.options), [self.head[0], self.head[1][part], self.head[2][part]]
+        if own.options.get("weight") is not None:
+            own.options["weight"] = own.options["weight"][part]
+        if self.case.objective.paired:
+            own.target = [self.target[0], self.target[1][part], self.target[2][part]]
+        elif not self.case.objective.indexed:
+            own.target = self.target[:, part]
+        return own
 
     def ours(self, hidden: Tensor, weight: Tensor, bias: Tensor, **more: Any) -> Tensor:
         loss = getattr(fastloss, NAMES[self.case.function])

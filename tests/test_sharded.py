@@ -102,15 +102,9 @@ def linear_on_rank(
 ):
     """Loss and gradients of the hidden states and of this rank's part of the head."""
     rank, call = torch.distributed.get_rank(), Call(ALL[name], *sizes, torch.Generator().manual_seed(seed))
-    part = slice(*cuts[rank : rank + 2])
-    if call.options.get("weight") is not None:
-        call.options["weight"] = call.options["weight"][part]
-    if call.case.objective.paired:
-        call.target = [call.target[0], call.target[1][part], call.target[2][part]]
-    elif not call.case.objective.indexed:
-        call.target = call.target[:, part]
-    head = [call.head[0], call.head[1][part], call.head[2][part]]
-    return results(call.ours, head, upstream, shard=VocabShard(part.start, part.stop, cuts[-1]), **more)
+    start, stop = cuts[rank : rank + 2]
+    own = call.of_classes(slice(start, stop))
+    return results(own.ours, own.head, upstream, shard=VocabShard(start, stop, cuts[-1]), **more)
 
 
 @pytest.mark.parametrize("name", ALL)

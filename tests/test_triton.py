@@ -34,15 +34,9 @@ pytestmark = [
 HERE = Path(__file__).parent
 
 
-def needs_ptxemu() -> None:
-    if find_ptxemu() is None:
-        pytest.skip("executes PTX with ptxemu, which is neither installed nor in ../shared")
-
-
 @pytest.fixture(params=["triton"])
 def engine(request: pytest.FixtureRequest) -> Iterator[str]:
     """The tests of any engine, on PTX."""
-    needs_ptxemu()
     with emulated():
         yield request.param
 
@@ -207,7 +201,6 @@ def test_inplace(engine, reduction, generator):
 
 
 def test_upstream_of_one_touches_nothing(generator):
-    needs_ptxemu()
     for V in 1000, 33000:
         x, y, _ = CASES[0].inputs(3, V, torch.float32, generator)
         for upstream in 1.0, 3.0:
@@ -223,7 +216,6 @@ def test_upstream_of_one_touches_nothing(generator):
 
 
 def test_rescale(generator):
-    needs_ptxemu()
     for V in 1000, 1003:
         grad = torch.randn(3, V, generator=generator).bfloat16()
         for upstream in 1.0, -2.0:
@@ -273,7 +265,6 @@ COUNTS = [
 
 @pytest.mark.parametrize(("V", "dtype", "two", "instructions", "traffic"), COUNTS, ids=str)
 def test_counts(V, dtype, two, instructions, traffic):
-    needs_ptxemu()
     rows, out = make_rows(4, V, dtype)
     kernels, upstream = backend.kernels(), device.Upstream(1.0, denominator=out["denominator"])
     with emulated() as log:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_triton_heads import MULTIPLIES, OPTIONS, head, log  # noqa: F401 - a fixture
-from triton_engine import TARGETS, compiled, launches, resources
+from test_triton_heads import OPTIONS, head, log  # noqa: F401 - a fixture
+from triton_engine import TARGETS, assert_multiplies_well, in_shapes, launches, taking_turns
 
 import fastloss
 from fastloss.backends import device
@@ -72,6 +72,12 @@ def test_executed(log, options, filter_eps, generator):  # noqa: F811
     check(5, 300, 40, dtype, generator, reduction, filter_eps=filter_eps, **OPTIONS[options])
     ran = {launch.kernel.split("(")[0] for launch in log}
     assert {"head_states", "head_grad"} <= ran and ("kept_product" in ran) == (filter_eps > 0)
+
+
+@pytest.mark.parametrize("options", ["bias", "softcap"])
+def test_in_another_shape(log, options, generator):  # noqa: F811
+    with in_shapes(taking_turns(1)):
+        check(66, 130, 40, torch.bfloat16, generator, "mean", filter_eps=1e-7, **OPTIONS[options])
 
 
 @pytest.mark.parametrize("filter_eps", [0.0, 1e-7])
@@ -179,7 +185,7 @@ def test_from_the_public_functions(log, generator):  # noqa: F811
     assert "filter_eps no effect" in fastloss.explain(hidden.float(), y, linear_weight=weight.float())
 
 
-def launches_of(dtype: torch.dtype, general: bool) -> list[Any]:
+def launches_of(target: str, dtype: torch.dtype, general: bool) -> list[Any]:
     """head_grad and products, in shapes of a large model's layer."""
     N, V, H = 260, 32000, 1024
     made = Head(torch.randn(N, H).to(dtype), torch.randn(V, H).to(dtype), torch.randn(V).to(dtype))
@@ -199,20 +205,15 @@ def launches_of(dtype: torch.dtype, general: bool) -> list[Any]:
         if not general:
             tiles.matmul(grad, made.weight, torch.empty(N, H))
 
-    return launches(run)
+    return launches(run, target)
 
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(("dtype", "general"), [(torch.bfloat16, False), (torch.float16, True)], ids=str)
 def test_machine_code(target, dtype, general):
-    """Tensor cores, operands loaded ahead, and no registers spilled."""
-    for launch in launches_of(dtype, general):
-        kernel = compiled(launch, target)
-        text = kernel.asm["amdgcn" if target.startswith("gfx") else "ptx"]
-        assert MULTIPLIES[target] in text
-        assert target.startswith("gfx") or "cp.async" in text
-        found = resources(kernel)
-        assert found.spilled == 0, found
+    """In every shape."""
+    for launch in launches_of(target, dtype, general):
+        assert_multiplies_well(launch, target)
 
 
 @pytest.mark.parametrize("bad", [-1e-9, float("inf"), float("nan"), "small", None])

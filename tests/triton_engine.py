@@ -7,9 +7,12 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
+import pytest
 import torch
 from gpu_on_cpu import find_ptxemu
 
@@ -26,6 +29,10 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942", "gfx950")
 def emulated(**options: Any) -> Iterator[list[Any]]:
     """Inside, the triton backend runs on CPU tensors: compiled for sm_80 and executed by ptxemu. Yields the counters of
     each launch."""
+    if find_spec("triton") is None:
+        pytest.skip("triton is not installed: pip install triton")
+    if find_ptxemu() is None:
+        pytest.skip("executes PTX with ptxemu, which is neither installed nor in ../shared")
     backend.device_types.add("cpu")
     try:
         with fastloss.use_backend("triton"), find_ptxemu().triton_emulate(check_races=True, **options) as log:
@@ -40,8 +47,26 @@ class Launch(NamedTuple):
     options: dict[str, Any]
 
 
-def launches(run: Callable[[device.Kernels], None]) -> list[Launch]:
-    """What `run` would launch; nothing is executed."""
+@contextmanager
+def in_shapes(choose: Callable[[list[Any]], list[Any]]) -> Iterator[None]:
+    """Inside, kernels that are tuned are launched once in each shape that is chosen from those that would be timed."""
+    from fastloss.backends.triton.tuning import Tuned
+
+    def run(self: Tuned, grid: Any, *args: Any, **meta: Any) -> None:
+        for config in choose(self.prune(self.configs, meta)):
+            self.fn[grid](*args, **meta, **config.all_kwargs())
+
+    with patch.object(Tuned, "run", run):
+        yield
+
+
+def taking_turns(turn: int) -> Callable[[list[Any]], list[Any]]:
+    """One shape of each kernel, another one every turn."""
+    return lambda shapes: [shapes[turn % len(shapes)]]
+
+
+def launches(run: Callable[[device.Kernels], None], target: str = "sm_90") -> list[Launch]:
+    """What `run` would launch, in every shape that would be timed, on AMD in the first; nothing is executed."""
     from triton.runtime.jit import JITFunction
 
     log: list[Launch] = []
@@ -49,12 +74,9 @@ def launches(run: Callable[[device.Kernels], None]) -> list[Launch]:
     def record(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         log.append(Launch(self, args, options))
 
-    run_kernel = JITFunction.run
-    JITFunction.run = record
-    try:
+    shapes = taking_turns(0) if target.startswith("gfx") else lambda shapes: shapes
+    with patch.object(JITFunction, "run", record), in_shapes(shapes):
         run(backend.kernels())
-    finally:
-        JITFunction.run = run_kernel
     return log
 
 
@@ -89,6 +111,22 @@ def compiled(launch: Launch, target: str) -> Any:
     bound, specialization, options = bind(*launch.args, **launch.options)
     options, *source = launch.kernel._pack_args(compiler, launch.options, bound, specialization, options)
     return triton.compile(ASTSource(launch.kernel, *source), target=gpu, options=options.__dict__)
+
+
+# The instructions that multiply tiles, and bytes of shared memory that one program may have.
+MULTIPLIES = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05.mma", "gfx942": "v_mfma", "gfx950": "v_mfma"}
+SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10, "gfx950": 160 << 10}
+
+
+def assert_multiplies_well(launch: Launch, target: str) -> None:
+    """By tensor cores, on operands that are loaded ahead, without a register that is spilled."""
+    kernel, amd = compiled(launch, target), target.startswith("gfx")
+    text = kernel.asm["amdgcn" if amd else "ptx"]
+    assert MULTIPLIES[target] in text
+    assert amd or "cp.async" in text
+    found = resources(kernel)
+    assert found.spilled == 0, (found, launch.options)
+    assert kernel.metadata.shared <= SHARED[target], (kernel.metadata.shared, launch.options)
 
 
 class Resources(NamedTuple):

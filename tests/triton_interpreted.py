@@ -4,10 +4,12 @@ it takes the kernels. So test_triton.py starts another Python for this file."""
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import cases
 import pytest
+import test_parts
 import test_triton_head_grads
 import test_triton_heads
 import torch
@@ -39,9 +41,17 @@ from test_numerics import (  # noqa: F401
     test_one_bad_row_stays_alone,
     test_target_on_a_masked_class,
 )
+from test_sharded import cut
+from triton.runtime.autotuner import Autotuner
+from triton_engine import in_shapes, taking_turns
 
 import fastloss
+from fastloss.backends import device
+from fastloss.backends import triton as backend
+from fastloss.backends.triton import heads, tuning
+from fastloss.backends.triton.head_kernels import head_grad, head_states, kept_product
 
+TUNED = head_states, head_grad, kept_product
 pytestmark = [
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy's, of infinities and NaN
@@ -97,6 +107,112 @@ def test_heads(engine, options, generator):
 def test_head_gradients(engine, options, reduction, filter_eps, generator):
     given = {**test_triton_heads.OPTIONS[options], "filter_eps": filter_eps}
     test_triton_head_grads.check(70, 140, 21, torch.float16, generator, reduction, **given)
+
+
+@pytest.mark.parametrize("case", test_parts.ALL[::3], ids=lambda case: case.name)
+def test_vocabularies_in_parts(engine, case, generator):
+    """Two and three of them, wherever they are cut, of logits and of hidden states."""
+    turn = test_parts.ALL.index(case)
+    for ranks, check in (2, test_parts.check_heads), (3, test_parts.check_exactly):
+        dtype = (torch.float32, torch.bfloat16, torch.float16)[(turn + ranks) % 3]
+        check(case, 3, cut(131, ranks, generator), dtype, generator)
+
+
+@pytest.mark.parametrize("turn", range(1, 4))
+def test_heads_in_every_shape(engine, turn, generator):
+    """Of which each kernel has at most four."""
+    assert all(len(kernel.configs) <= 4 for kernel in TUNED)
+    with in_shapes(taking_turns(turn)):
+        for options in "bias", "softcap":
+            given = test_triton_heads.OPTIONS[options]
+            test_triton_heads.check(67, 300, 40, torch.float16, generator, **given)
+            test_triton_head_grads.check(67, 140, 70, torch.float16, generator, "mean", filter_eps=1e-7, **given)
+
+
+@pytest.fixture
+def timed(engine, monkeypatch) -> list[int]:
+    """Where shapes are timed, by a clock that says the last is the fastest. The list gets how often it was asked."""
+    asked: list[int] = []
+
+    def bench(self: Autotuner, run: Callable[[], None], quantiles: Any) -> list[float]:
+        run()
+        run()
+        asked.append(len(asked))
+        return [1.0 / len(asked)] * 3
+
+    monkeypatch.setattr(Autotuner, "do_bench", bench)
+    monkeypatch.setattr(tuning, "is_timed", lambda device: True)
+    monkeypatch.setattr(heads, "SLICE", 256)  # takes an eighth of the time
+    for kernel in TUNED:
+        monkeypatch.setattr(kernel, "tuners", {})
+    return asked
+
+
+def times(kernel: Any) -> int:
+    return len(kernel.configs)
+
+
+def chosen(kernel: Any) -> Any:
+    return kernel.tuners[torch.device("cpu")].best_config
+
+
+def test_timing_leaves_results_alone(timed, generator):
+    """Losses and gradients of the very calls that time the kernels; three chunks, whose products add up."""
+    options = {**test_triton_heads.OPTIONS["bias"], "filter_eps": 1e-7, "max_chunk_bytes": 131 * 4 * 8}
+    test_triton_head_grads.check(20, 131, 40, torch.float16, generator, "mean", **options)
+    assert len(timed) == times(head_states) + times(head_grad) + 2 * times(kept_product)
+    assert [chosen(kernel) for kernel in TUNED] == [kernel.configs[-1] for kernel in TUNED]
+
+
+def test_what_is_added_to_is_not_added_to_again(timed, generator):
+    """By a first product that adds; after it, whether others do makes no difference."""
+    grad, weight = (torch.randn(n, 64, generator=generator).half() for n in (16, 24))
+    kept = torch.ones(1, 1, dtype=torch.int8)
+    tiles, other = device.Tiles(kept, (128, 128), backend.kernels().kept_product), weight.T.contiguous()
+    for out in torch.ones(16, 24), torch.full((16, 24), -3.0):
+        want = out + grad.float() @ other.float()
+        tiles.matmul(grad, other, out, True)
+        torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-4)
+    out = torch.empty(16, 24)
+    tiles.matmul(grad, other, out)
+    torch.testing.assert_close(out, grad.float() @ other.float(), rtol=1e-4, atol=1e-4)
+    assert len(timed) == times(kept_product)
+
+
+def states_of(N: int, V: int, H: int, g: torch.Generator) -> None:
+    hidden, weight = (torch.randn(n, H, generator=g).half() for n in (N, V))
+    with torch.no_grad():
+        fastloss.linear_cross_entropy(hidden, weight, torch.zeros(N, dtype=torch.int64))
+
+
+def test_a_choice_is_made_once(timed, generator, monkeypatch):
+    """For any N, and vocabularies of like size; not for another depth, and without a clock inside a captured graph."""
+    states_of(3, 70, 16, generator)
+    assert len(timed) == times(head_states)
+    first = chosen(head_states)
+    for N, V in (1, 70), (140, 70), (3, 100):
+        states_of(N, V, 16, generator)
+    assert len(timed) == times(head_states) and chosen(head_states) == first == head_states.configs[-1]
+    states_of(3, 70, 32, generator)
+    assert len(timed) == 2 * times(head_states)
+    with monkeypatch.context() as inside:
+        inside.setattr(tuning, "_captures", lambda device: True)
+        states_of(3, 70, 48, generator)
+        assert chosen(head_states) == head_states.configs[0]
+        states_of(3, 70, 16, generator)
+        assert chosen(head_states) == first
+    states_of(3, 70, 48, generator)
+    assert chosen(head_states) == head_states.configs[0] and len(timed) == 2 * times(head_states)
+
+
+def test_nothing_is_timed_where_results_must_not_depend_on_it():
+    gpu = torch.device("cuda")
+    assert tuning.is_timed(gpu) and not tuning.is_timed(torch.device("cpu"))
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert not tuning.is_timed(gpu)
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("case", CASES[::2], ids=lambda case: case.name)

@@ -5,6 +5,8 @@ The checks raise torch's exception types on torch's conditions, before anything 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -147,7 +149,8 @@ def classes_last(input: Tensor, name: str = "input") -> Tensor:
         )
     if input.dim() == 0:
         raise RuntimeError(f"{name}: expected logits of shape (..., V), got a scalar")
-    return input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
+    # Not -1: a part of a vocabulary may have no classes to divide by.
+    return input if input.dim() == 2 else input.reshape(math.prod(input.shape[:-1]), input.shape[-1])
 
 
 def check_filter_eps(filter_eps: float) -> float:

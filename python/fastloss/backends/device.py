@@ -1,7 +1,8 @@
 """The torch side that the GPU backends share: allocations, the order of launches, what is skipped.
 
 A backend brings `Kernels`: functions that only launch, on the current stream of the tensors' device. Nothing here or
-there waits for the device, so that a training step can be captured in a CUDA graph.
+there waits for the device, so that a training step can be captured in a CUDA graph; but for what triton/tuning.py times
+in the first call of a kind.
 
 A row's bits depend on the row, the options and the device alone: not on the batch around it, nor on its place in it.
 """

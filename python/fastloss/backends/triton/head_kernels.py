@@ -1,5 +1,8 @@
 """Logits that are never written: tiles of a product of hidden states and the last layer go from the tensor cores
-straight into the states of their rows or, made again, into their gradient; and that gradient's products."""
+straight into the states of their rows or, made again, into their gradient; and that gradient's products.
+
+`size` is the magnitude of V, which no kernel reads: their shapes are chosen for it.
+"""
 # mypy: ignore-errors
 
 import triton
@@ -8,6 +11,19 @@ import triton.language as tl
 from .loss import coefficients, slope, squashed, times, unit_of
 from .row_kernels import NOTHING, STATE, at, kernel, label, number, weights
 from .state import LOG2E, distance, recentre
+from .tuning import restored, tuned
+
+
+def shape(num_warps: int, num_stages: int, **constants: int) -> triton.Config:
+    """To be timed. None spills registers or needs more shared memory than an A100, H100 or B200 has; Triton leaves out
+    what another device cannot launch."""
+    return triton.Config(constants, num_warps=num_warps, num_stages=num_stages)
+
+
+def in_registers(configs: list[triton.Config], meta: dict[str, int]) -> list[triton.Config]:
+    """Those of at most 64 accumulators a thread, half as many where a loss needs registers of its own."""
+    most = 32 * (32 if meta["GENERAL"] else 64)
+    return [c for c in configs if c.kwargs["ROWS"] * c.kwargs["COLUMNS"] <= most * c.num_warps]
 
 
 @triton.jit
@@ -31,18 +47,28 @@ def product(
     return tl.where(inside[None, :], z, NOTHING)
 
 
+@tuned(
+    [
+        shape(8, 3, ROWS=128, COLUMNS=128, DEPTH=64),
+        shape(8, 3, ROWS=64, COLUMNS=128, DEPTH=64),
+        shape(8, 4, ROWS=64, COLUMNS=128, DEPTH=64),
+        shape(8, 4, ROWS=128, COLUMNS=64, DEPTH=64),
+    ],
+    ["H", "size", "GENERAL", "EXTRAS", "VECTOR"],
+    in_registers,
+)
 @kernel
 def head_states(
-    hidden, hidden_stride: tl.int64, head, head_stride: tl.int64, bias, target, weight, V, N: tl.int64, H,
+    hidden, hidden_stride: tl.int64, head, head_stride: tl.int64, bias, target, weight, V, N: tl.int64, H, size,
     ignore_index: tl.int64, label_smoothing: tl.float64, softcap: tl.float64, logit_scale: tl.float64, states, slices,
     GENERAL: tl.constexpr, EXTRAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
-    TILES: tl.constexpr, VECTOR: tl.constexpr,
+    SLICE: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Grid (N / ROWS, slices). The states of ROWS rows over TILES tiles of COLUMNS classes, as row_states has them, and
-    the target's logit; H numbers deep, DEPTH at a time."""
+    """Grid (N / ROWS, slices). The states of ROWS rows over SLICE classes, COLUMNS at a time, as row_states has them,
+    and the target's logit; H numbers deep, DEPTH at a time."""
     F: tl.constexpr = states.dtype.element_ty
     row, slice = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.program_id(1)
-    here, begin = row < N, slice * TILES * COLUMNS
+    here, begin = row < N, slice * SLICE
     y, ignored = label(tl.load(target + row, mask=here, other=ignore_index), V, ignore_index)
     if not EXTRAS:  # noqa: SIM102 - one is known to the compiler, the other is not
         if tl.min(ignored.to(tl.int32), 0) == 1:
@@ -55,7 +81,7 @@ def head_states(
     hidden += row[:, None] * (hidden_stride // VECTOR * VECTOR)
     centre, sums, z_y = tl.full((ROWS,), NOTHING, F), tl.zeros((ROWS,), F), tl.zeros((ROWS,), F)
     moment, plain, mass, column = tl.zeros_like(sums), tl.zeros_like(sums), tl.zeros_like(sums), tl.zeros_like(sums)
-    for tile in range(TILES):
+    for tile in range(SLICE // COLUMNS):
         columns = begin + tile * COLUMNS + tl.arange(0, COLUMNS)
         across = head + columns[None, :].to(tl.int64) * (head_stride // VECTOR * VECTOR)
         z = product(hidden, across, bias, here, columns, V, H, cap, scale, F, GENERAL, ROWS, COLUMNS, DEPTH)
@@ -107,9 +133,13 @@ def gradient(
     return dx
 
 
+@tuned(
+    [shape(8, 3, DEPTH=64), shape(8, 4, DEPTH=32), shape(8, 4, DEPTH=64)],
+    ["H", "size", "GENERAL", "VECTOR", "GRAD_VECTOR"],
+)
 @kernel
 def head_grad(
-    hidden, hidden_stride: tl.int64, head, head_stride: tl.int64, bias, target, weight, V, N: tl.int64, H,
+    hidden, hidden_stride: tl.int64, head, head_stride: tl.int64, bias, target, weight, V, N: tl.int64, H, size,
     ignore_index: tl.int64, label_smoothing: tl.float64, z_loss: tl.float64, softcap: tl.float64,
     logit_scale: tl.float64,
     g, g_stride: tl.int64, lse, lse_stride: tl.int64, log_prob, log_prob_stride: tl.int64,
@@ -165,10 +195,20 @@ def head_grad(
     tl.store(to, dx, mask=written)
 
 
+@tuned(
+    [
+        shape(8, 3, COLUMNS=128, DEPTH=64),
+        shape(8, 4, COLUMNS=128, DEPTH=32),
+        shape(8, 4, COLUMNS=128, DEPTH=64),
+        shape(4, 4, COLUMNS=64, DEPTH=64),
+    ],
+    ["H", "size", "TRANSPOSED", "ROWS", "TILE", "VECTOR", "GRAD_VECTOR"],
+    **restored("out", when="ADD"),
+)
 @kernel
 def kept_product(
     grad, grad_stride: tl.int64, other, other_stride: tl.int64, tiles, counts, most, out, out_stride: tl.int64, M, K, H,
-    TRANSPOSED: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr,
+    size, TRANSPOSED: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr,
     DEPTH: tl.constexpr, VECTOR: tl.constexpr, GRAD_VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Grid (H / COLUMNS, M / ROWS). out (M, H) = grad (M, K) @ other (K, H), or with ADD more by that, over each row of

@@ -13,11 +13,9 @@ from . import head_kernels
 from .row_kernels import STATE
 from .rows import OPTIONS, finish, is_general, on, strided, vector_of
 
-# A tile of logits, and how deep its product is at once: 64 accumulators a thread on eight warps (half as many where a
-# loss needs more registers), and three stages of operands in 96 KiB, which every device that has tensor cores for these
-# dtypes has. Not of N: a row's bits must not depend on the batch around it.
-ROWS, COLUMNS, DEPTH, TILES = 128, 128, 64, 16
-LAUNCH = {"num_warps": 8, "num_stages": 3}
+SLICE = 2048  # classes of a state
+# A tile of the gradient of logits, which is kept or left out: whole, half as many rows where a loss needs registers.
+ROWS, COLUMNS = 128, 128
 DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -38,19 +36,17 @@ def head_stats(
 ) -> None:
     """As row_stats, of rows whose logits are hidden (N, H) @ head (V, H).T + bias (V,), H contiguous."""
     (N, H), V, extras = hidden.shape, head.shape[0], argmax is not None
-    slices = max(1, triton.cdiv(V, TILES * COLUMNS))
+    slices = max(1, triton.cdiv(V, SLICE))
     states = hidden.new_empty((N, slices, STATE.value), dtype=loss.dtype)
     ignore_index, eps, _, cap, scale = rows.spec[:5]
     general = is_general(rows)
-    height = ROWS // 2 if general else ROWS
     with on(hidden):
-        head_kernels.head_states[(triton.cdiv(N, height), slices)](
-            hidden, hidden.stride(0), head, head.stride(0), bias, rows.target, rows.weight, V, N, H,
+        head_kernels.head_states[lambda meta: (triton.cdiv(N, meta["ROWS"]), slices)](
+            hidden, hidden.stride(0), head, head.stride(0), bias, rows.target, rows.weight, V, N, H, V.bit_length(),
             ignore_index, eps, cap, scale, states, slices,
-            GENERAL=general, EXTRAS=extras, ROWS=height, COLUMNS=COLUMNS, DEPTH=DEPTH, TILES=TILES,
-            VECTOR=vector_of(H, hidden, head), **LAUNCH, **OPTIONS,
+            GENERAL=general, EXTRAS=extras, SLICE=SLICE, VECTOR=vector_of(H, hidden, head), **OPTIONS,
         )  # fmt: skip
-    finish(rows, None, states, TILES * COLUMNS, loss, stats, argmax, None)
+    finish(rows, None, states, SLICE, loss, stats, argmax, None)
 
 
 def head_tiles(rows: Rows, upstream: Upstream) -> tuple[int, int]:
@@ -75,10 +71,10 @@ def head_grad(
     vectors = [strided(vector if isinstance(vector, Tensor) else None) for vector in upstream[:4]]
     with on(hidden):
         head_kernels.head_grad[(triton.cdiv(N, height), triton.cdiv(V, width))](
-            hidden, hidden.stride(0), head, head.stride(0), bias, rows.target, rows.weight, V, N, H, *rows.spec[:5],
-            *sum(vectors, ()), stats, grad, grad.stride(0), kept, filter_eps,
-            GENERAL=height < ROWS, ROWS=height, COLUMNS=width, DEPTH=DEPTH, VECTOR=vector_of(H, hidden, head),
-            GRAD_VECTOR=vector_of(V, grad), **LAUNCH, **OPTIONS,
+            hidden, hidden.stride(0), head, head.stride(0), bias, rows.target, rows.weight, V, N, H, V.bit_length(),
+            *rows.spec[:5], *sum(vectors, ()), stats, grad, grad.stride(0), kept, filter_eps,
+            GENERAL=height < ROWS, ROWS=height, COLUMNS=width, VECTOR=vector_of(H, hidden, head),
+            GRAD_VECTOR=vector_of(V, grad), **OPTIONS,
         )  # fmt: skip
 
 
@@ -90,10 +86,10 @@ def kept_product(grad: Tensor, tiles: Tiles, other: Tensor, out: Tensor, add: bo
     order = kept.argsort(dim=1, descending=True, stable=True).to(torch.int32)
     height, deep = tiles.size
     lines = grad.t() if tiles.transposed else grad
-    width = lines.shape[1]
+    V = lines.shape[1]
     with on(grad):
-        head_kernels.kept_product[(triton.cdiv(H, COLUMNS), triton.cdiv(M, height))](
+        head_kernels.kept_product[lambda meta: (triton.cdiv(H, meta["COLUMNS"]), triton.cdiv(M, height))](
             lines, lines.stride(0), other, other.stride(0), order, counts, order.shape[1], out, out.stride(0), M, K, H,
-            TRANSPOSED=tiles.transposed, ADD=add, ROWS=height, COLUMNS=COLUMNS, TILE=deep, DEPTH=DEPTH,
-            VECTOR=vector_of(H, other, out), GRAD_VECTOR=vector_of(width, lines), **LAUNCH, **OPTIONS,
+            V.bit_length(), TRANSPOSED=tiles.transposed, ADD=add, ROWS=height, TILE=deep,
+            VECTOR=vector_of(H, other, out), GRAD_VECTOR=vector_of(V, lines), **OPTIONS,
         )  # fmt: skip

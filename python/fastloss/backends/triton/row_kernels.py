@@ -24,6 +24,7 @@ _NUMBERS = (
     "M",
     "K",
     "most",
+    "size",
     "hidden_stride",
     "head_stride",
     "other_stride",
