@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from scaling_messages import WAYS, Message, logits_ways
 
-from fastloss.parallel.shard import _all_gather
+from fastloss.parallel.shard import all_gather
 
 RANKS = 2
 _LONG, _MOST = 1 << 20, 128 << 20  # bytes that a rank sends
@@ -27,7 +27,7 @@ def _prepared(message: Message) -> Callable[[], Any]:
     if message.op == "gather":
         mine = torch.zeros(message.bytes, dtype=torch.uint8)
         everyone = mine.new_zeros(RANKS * message.bytes)
-        return lambda: _all_gather(everyone, mine)
+        return lambda: all_gather(everyone, mine)
     op, values = dist.ReduceOp.MAX if message.op == "max" else dist.ReduceOp.SUM, torch.zeros(message.bytes // 4)
     return lambda: dist.all_reduce(values, op)
 

@@ -491,6 +491,29 @@ def test_16_bit_heads_in_one_piece(engine, case, generator):
     assert_as_good_as_torch(call, upstream, max_chunk_bytes=1 << 20)
 
 
+@pytest.mark.parametrize("case", ALL_CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("limit", [{}, {"max_chunk_bytes": 1 << 20}])
+def test_products_of_the_library(case, limit, generator, monkeypatch):
+    """As where AMX multiplies 16-bit numbers: logits are rounded, what is made of them is as good as torch's."""
+    monkeypatch.setattr(native, "library_multiplies", lambda dtype: dtype.itemsize == 2)
+    call = Call(case, 16, 65, torch.bfloat16, generator)
+    upstream = case.upstream(16, generator) if case.function == "selective_log_softmax" else None
+    assert_as_good_as_torch(call, upstream, **limit)
+    said = fastloss.explain(torch.randn(6, H).bfloat16(), torch.arange(6), linear_weight=call.head[1])
+    assert "by torch's matmul, in bfloat16" in said and "likewise" in said
+
+
+@pytest.mark.parametrize(("own", "library", "chosen"), [(3.0, 1.0, True), (1.0, 1.0, False)])
+def test_the_library_multiplies_where_it_is_faster(own, library, chosen, monkeypatch):
+    seconds = {native._matmul: own, native.products.matmul: library}
+    monkeypatch.setattr(native, "_seconds", lambda multiply, *_: seconds[multiply])
+    assert not native.library_multiplies(torch.bfloat16) or native._has_tiles()
+    monkeypatch.setattr(native, "_has_tiles", lambda: True)
+    assert native.library_multiplies(torch.bfloat16) is chosen and not native.library_multiplies(torch.float32)
+    monkeypatch.undo()
+    assert native._seconds(native._matmul, torch.bfloat16, torch.float32) > 0
+
+
 BAD = {
     "linear_weight: expected linear_weight with dimensionality": lambda h, w, y: (h, w[0], y, {}),
     "linear_weight: expected equal input and linear_weight last": lambda h, w, y: (h, w[:, 1:], y, {}),

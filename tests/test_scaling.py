@@ -45,13 +45,13 @@ def two():
 def gathered(name: str, N: int) -> list[int]:
     """Bytes that this rank puts into each all-gather of a loss."""
     seen: list[int] = []
-    gather = sharding._all_gather
-    sharding._all_gather = lambda out, x, **kw: (seen.append(x.nbytes), gather(out, x, **kw))
+    gather = sharding.all_gather
+    sharding.all_gather = lambda out, x, **kw: (seen.append(x.nbytes), gather(out, x, **kw))
     try:
         with CommDebugMode() as mode:
             CALLS[name](torch.zeros(N, V // 2), torch.zeros(N, dtype=torch.int64), VocabShard.even(V))
     finally:
-        sharding._all_gather = gather
+        sharding.all_gather = gather
     assert mode.get_total_counts() == len(seen)
     return seen
 

@@ -68,7 +68,7 @@ def counted(function: str, shape: int, **options: Any) -> tuple[int, int, int]:
     loss_of = getattr(fastloss, function)
     gathered: list[int] = []
     summed: list[int] = []
-    gather, all_reduce = sharding._all_gather, dist.all_reduce
+    gather, all_reduce = sharding.all_gather, dist.all_reduce
 
     def count_gather(out: Tensor, x: Tensor, **more: Any) -> Any:
         gathered.append(x.nbytes)
@@ -78,14 +78,14 @@ def counted(function: str, shape: int, **options: Any) -> tuple[int, int, int]:
         summed.append(x.nbytes)
         return all_reduce(x, *args, **more)
 
-    sharding._all_gather, dist.all_reduce = count_gather, count_sum
+    sharding.all_gather, dist.all_reduce = count_gather, count_sum
     try:
         with CommDebugMode() as mode:
             loss = loss_of(*tensors, shard=shard, **options)
             forward = len(gathered), len(summed)
             loss.backward()
     finally:
-        sharding._all_gather, dist.all_reduce = gather, all_reduce
+        sharding.all_gather, dist.all_reduce = gather, all_reduce
     assert not forward[1]
     if not function.startswith("linear"):  # what happens inside an operator the mode does not see
         assert mode.get_total_counts() == len(gathered) + len(summed)

@@ -163,9 +163,8 @@ def explain(input: Tensor, target: Tensor, objective: str | None = None, *, line
     if linear_weight is not None and chosen is not None:
         source = next(backend for backend in BACKENDS if backend.name == chosen)
         dtype = source.logits_dtype(input.dtype, linear_weight.dtype)
-        lines.append(
-            f"   logits     some rows at a time by {source.products_by}, in {str(dtype).removeprefix('torch.')}"
-        )
+        by = source.products_by if dtype.itemsize > 2 else BACKENDS[-1].products_by  # only the library rounds them
+        lines.append(f"   logits     some rows at a time by {by}, in {str(dtype).removeprefix('torch.')}")
         rows = Rows(input[..., :1].expand(*input.shape[:-1], len(linear_weight)), target, None, Spec(objective=asked))
         tiled = source.takes_head is not None and source.takes_head(rows, input, linear_weight)
         lines.append(f"   scoring    {'without logits in memory' if tiled else 'likewise'}")

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 import os
+import time
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..spec import COMPUTE_DTYPE, REDUCTIONS, Objective, Reduction, Rows
+from . import products
 
 try:
     from .. import _native
@@ -21,6 +25,7 @@ DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.floa
 _num_threads = torch.get_num_threads
 FEWEST_CLASSES = 8192  # of a head whose logits never reach memory
 HEAD_OBJECTIVES = (Objective.INDEX, Objective.TOPK)
+WORTH_ROUNDING = 1.5  # times faster
 _RECYCLE_BYTES = 8 << 20  # below this, malloc itself keeps memory warm
 
 if _native is not None and "FASTLOSS_ISA" in os.environ:
@@ -125,16 +130,48 @@ def _strided(matrix: Tensor) -> tuple[int, ...]:
 
 def matmul(a: Tensor, b: Tensor, out: Tensor, add: bool = False, start: Tensor | None = None) -> None:
     """`out` (M, N) = a (M, K) @ b (K, N) + start (N,); with `add` out += a @ b. `out`, of the compute dtype, has
-    contiguous rows; a and b any strides and dtypes, whose products are summed in the compute dtype."""
+    contiguous rows; a and b any strides and dtypes, whose products are summed in the compute dtype. Where the library's
+    are much faster they are its own."""
+    multiply = products.matmul if a.dtype == b.dtype and library_multiplies(a.dtype) else _matmul
+    multiply(a, b, out, add, start)
+
+
+def _matmul(a: Tensor, b: Tensor, out: Tensor, add: bool, start: Tensor | None) -> None:
     left, right = _strided(a), _strided(b)
     start = None if start is None else start.to(out.dtype).contiguous()
     first = 0 if start is None else start.data_ptr()
     _native.matmul(left, right, out.data_ptr(), out.stride(0), first, add, _num_threads())
 
 
+def library_multiplies(dtype: torch.dtype) -> bool:
+    """Whether torch's product of 16-bit numbers, which rounds to them, is worth it: in the tiles of AMX, if they are
+    found to be much faster."""
+    if dtype not in (torch.bfloat16, torch.float16) or not _has_tiles():
+        return False
+    return _seconds(products.matmul, dtype, dtype) * WORTH_ROUNDING < _seconds(_matmul, dtype, torch.float32)
+
+
+def _has_tiles() -> bool:
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
+
+
+@cache
+def _seconds(multiply: Callable[..., None], dtype: torch.dtype, to: torch.dtype) -> float:
+    """The best of a few products, once in a process."""
+    a, b, out = (torch.ones(n, 1024, dtype=d) for n, d in ((256, dtype), (1024, dtype), (256, to)))
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        multiply(a, b, out, False, None)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
 def takes_head(rows: Rows, hidden: Tensor, head: Tensor) -> bool:
     """Whether head_loss computes rows like these. It shares out classes: of few, all logits are small."""
     alike = (hidden.dtype == torch.float64) == (head.dtype == torch.float64)
+    if hidden.dtype == head.dtype and library_multiplies(hidden.dtype):
+        return False
     return alike and rows.spec.objective in HEAD_OBJECTIVES and head.shape[0] >= FEWEST_CLASSES
 
 
@@ -157,8 +194,8 @@ def head_loss(
 
 
 def logits_dtype(hidden: torch.dtype, weight: torch.dtype) -> torch.dtype:
-    """What the product of hidden states and a weight comes in: never rounded to 16 bits."""
-    return COMPUTE_DTYPE[hidden]
+    """What the product of hidden states and a weight comes in: not rounded to 16 bits, unless the library does."""
+    return hidden if hidden == weight and library_multiplies(hidden) else COMPUTE_DTYPE[hidden]
 
 
 def row_loss(rows: Rows, extras: bool, whole: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:

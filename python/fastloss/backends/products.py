@@ -1,4 +1,4 @@
-"""Matrix products as torch's own library computes them: for the backends that have none of their own."""
+"""Matrix products as torch's own library computes them: for the backends that have none, or slower ones."""
 
 from __future__ import annotations
 

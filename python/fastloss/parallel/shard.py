@@ -14,7 +14,7 @@ from torch import Tensor
 from ..spec import Rows
 from .merge import Fields, Part
 
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name since torch 2.13
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name since torch 2.13
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ _checked: set[tuple[int, ...]] = set()
 
 def _gathered(mine: Tensor, shard: VocabShard) -> Tensor:
     everyone = mine.new_empty(shard.ranks * len(mine))
-    _all_gather(everyone, mine, group=shard.group)
+    all_gather(everyone, mine, group=shard.group)
     return everyone.view(shard.ranks, len(mine))
 
 
