@@ -19,7 +19,7 @@ from ..spec import COMPUTE_DTYPE, Objective, Reduction, Rows
 from . import grads
 from .chunks import Chunk, equal_parts, not_asked_for, row_loss
 from .grads import HeadGrads
-from .heads import LinearRows, empty, grads_on_chip, row_bytes
+from .heads import LinearRows, empty, grads_on_chip, row_bytes, sum_bytes
 
 _PANEL = 64  # blocks are whole panels of the matrix product's, of any instruction set
 
@@ -27,8 +27,7 @@ _PANEL = 64  # blocks are whole panels of the matrix product's, of any instructi
 def needed(given: LinearRows, needs: list[bool]) -> bool:
     """Whether the weight's gradient is summed in more memory than its logits may take."""
     weight = given.head.weight
-    wide = COMPUTE_DTYPE[given.head.dtype].itemsize
-    if not (needs[1] and weight.dtype.itemsize < wide and weight.numel() * wide > given.block_bytes):
+    if not (needs[1] and len(weight) * sum_bytes(given.head, weight) > given.block_bytes):
         return False
     backend = given.backend()
     filters = given.filter_eps > 0 and grads_on_chip(given, backend)  # by tiles of all rows and classes
@@ -40,9 +39,7 @@ def loss_and_grads(given: LinearRows, to: Reduction, needs: list[bool]) -> tuple
     backend, rows = given.backend(), given.rows
     inside, divisor = grads.divided(given, backend, to)
     of_hidden = HeadGrads(given.head, [needs[0], False, False], backend.matmul, divisor)
-    losses = torch.empty(len(rows.input), dtype=rows.compute_dtype, device=rows.input.device)
-    upstream = grads.upstream_of(losses, inside)
-    four: list[Tensor | None] = [upstream, None, None, None]
+    four: list[Tensor | None] = [grads.upstream_of(rows, inside), None, None, None]
 
     def add(chunk: Chunk, stats: Tensor) -> None:
         backend.row_grad(chunk.rows, stats, [chunk.of(g) for g in four], chunk.rows.input)
@@ -110,8 +107,8 @@ def _sum_block(
 
 def _blocks(given: LinearRows, part: Part) -> Iterator[Part]:
     """Of equal size."""
-    row = given.head.weight.shape[1] * COMPUTE_DTYPE[given.head.dtype].itemsize
-    size = equal_parts(part.size, max(given.block_bytes // row, 1), _PANEL)
+    each = sum_bytes(given.head, given.head.weight)
+    size = equal_parts(part.size, max(given.block_bytes // each, 1), _PANEL)
     for start in range(part.start, part.stop, size):
         yield Part(start, min(start + size, part.stop), part.vocab_size)
 

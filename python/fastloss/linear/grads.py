@@ -96,7 +96,7 @@ def loss_and_grads(given: LinearRows, to: Reduction, needs: list[bool]) -> tuple
         return summed(row_loss(given, False, None, to.token_weight)[0], rows, to), no_grads(given)
     if wanted and given.filter_eps > 0 and grads_on_chip(given, backend):  # four products, but two of them of few tiles
         loss, stats, *_ = row_loss(given, False, None, to.token_weight)
-        upstream: list[Tensor | None] = [upstream_of(loss, inside), None, None, None]
+        upstream: list[Tensor | None] = [upstream_of(rows, inside), None, None, None]
         return summed(loss, rows, to), row_grads(given, stats, upstream, needs, divisor)
     grads, skipped = HeadGrads(given.head, needs, backend.matmul, divisor), without_effect(rows, to.token_weight)
     total, over = given.head.hidden.new_zeros((), dtype=rows.compute_dtype), False
@@ -134,13 +134,15 @@ def _chunk_loss(backend: Backend, rows: Rows, to: Reduction, overwrite: bool) ->
         return backend.row_loss_grad(rows, to, 1.0, overwrite, out)[0]
     loss, stats, *_ = backend.row_loss(rows, False)
     if overwrite:
-        backend.row_grad(rows, stats, [upstream_of(loss, to), None, None, None], out)
+        backend.row_grad(rows, stats, [upstream_of(rows, to), None, None, None], out)
     return reduce_rows(loss, rows, to)
 
 
-def upstream_of(loss: Tensor, to: Reduction) -> Tensor:
+def upstream_of(rows: Rows, to: Reduction) -> Tensor:
     """What the reduced loss gives to losses (N,)."""
-    upstream = torch.ones_like(loss) if to.token_weight is None else to.token_weight
+    upstream = to.token_weight
+    if upstream is None:
+        upstream = torch.ones(len(rows.input), dtype=rows.compute_dtype, device=rows.input.device)
     return upstream if to.normalizer is None else upstream / to.normalizer
 
 

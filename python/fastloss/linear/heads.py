@@ -91,8 +91,8 @@ def room(
     if rows is not None:
         return rows, block_bytes
     V = head.weight.shape[0] if shard is None else -(-shard.vocab_size // shard.ranks)
-    sums = V * sum_bytes(head, head.weight)
-    each = row_bytes(V, head.dtype, teacher) + sum_bytes(head, head.hidden)
+    of_hidden, of_weight = (sum_bytes(head, t) if t.requires_grad else 0 for t in head[:2])
+    sums, each = V * of_weight, row_bytes(V, head.dtype, teacher) + of_hidden
     return max(1, (max_chunk_bytes - (sums if sums <= block_bytes else 0)) // max(each, 1)), block_bytes
 
 
@@ -104,7 +104,7 @@ def row_bytes(V: int, dtype: torch.dtype, teacher: bool) -> int:
 def sum_bytes(head: Head, of: Tensor) -> int:
     """What a row of hidden states or of a weight needs beside its gradient, while that is summed."""
     wide = COMPUTE_DTYPE[head.dtype].itemsize
-    return of.shape[-1] * wide if of.requires_grad and of.dtype.itemsize < wide else 0
+    return of.shape[-1] * wide if of.dtype.itemsize < wide else 0
 
 
 def on_chip(given: LinearRows, backend: Backend) -> bool:
