@@ -5,6 +5,7 @@
 #include "cpu/buffers.h"
 #include "cpu/dispatch.h"
 #include "cpu/parallel.h"
+#include "cpu/parts.h"
 #include "python.h"
 
 namespace py = pybind11;
@@ -13,14 +14,15 @@ using namespace fastloss;
 namespace {
 
 // Before anything is written: a class index outside [0, V) that is not ignore_index is the caller's error.
-void check_targets(const Rows& r) {
+void check_targets(const Rows& r, int64_t V) {
   if (!r.spec.indexed()) return;
   for (int64_t i = 0; i < r.input.rows * r.picks; ++i)
-    if (r.target[i] != r.ignore_index && (r.target[i] < 0 || r.target[i] >= r.input.cols))
-      throw py::index_error("target: expected class indices in [0, " + std::to_string(r.input.cols) +
+    if (r.target[i] != r.ignore_index && (r.target[i] < 0 || r.target[i] >= V))
+      throw py::index_error("target: expected class indices in [0, " + std::to_string(V) +
                             ") or ignore_index (" + std::to_string(r.ignore_index) + "), but Target " +
                             std::to_string(r.target[i]) + " is out of bounds.");
 }
+void check_targets(const Rows& r) { check_targets(r, r.input.cols); }
 
 void row_loss(const py::tuple& rows_tuple, uintptr_t loss, uintptr_t stats, uintptr_t argmax, uintptr_t rank,
               bool extras, bool whole) {
@@ -75,6 +77,36 @@ void merge_states(uintptr_t a, uintptr_t b, uintptr_t out, int64_t N) {
   kernels(DType::kFloat64)
       .merge_states(reinterpret_cast<const double*>(a), reinterpret_cast<const double*>(b),
                     reinterpret_cast<double*>(out), N);
+}
+
+Part part(const py::tuple& rows_tuple, int64_t start) {
+  const Part p{parse_rows(rows_tuple), start};
+  const Spec& spec = p.rows.spec;
+  if (spec.objective != Objective::kIndex || p.rows.weight.present() || spec.label_smoothing > 0 || spec.z_loss != 0)
+    throw std::invalid_argument("part: expected class indices, without class weights, smoothing and z-loss");
+  return p;
+}
+
+int64_t part_loss(const py::tuple& rows_tuple, int64_t start, int64_t vocab_size, uintptr_t columns) {
+  const Part p = part(rows_tuple, start);
+  check_targets(p.rows, vocab_size);
+  const py::gil_scoped_release release;
+  return part_loss(p, reinterpret_cast<void*>(columns));
+}
+
+double merge_parts(uintptr_t columns, int64_t parts, int64_t stride, int64_t N, int dtype, uintptr_t loss,
+                   uintptr_t stats) {
+  const Matrix whole = matrix(stats, kStats, N, N, dtype);  // checks the sizes
+  return merge_parts(reinterpret_cast<const char*>(columns), parts, stride, N, whole.dtype,
+                     reinterpret_cast<void*>(loss), whole.data);
+}
+
+void part_grad(const py::tuple& rows_tuple, int64_t start, uintptr_t stats, double upstream, uintptr_t grad,
+               int64_t grad_stride) {
+  const Part p = part(rows_tuple, start);
+  const Matrix dx = matrix(grad, p.rows.input.rows, p.rows.input.cols, grad_stride, int(p.rows.input.dtype));
+  const py::gil_scoped_release release;
+  part_grad(p, reinterpret_cast<const void*>(stats), upstream, dx);
 }
 
 // (address, rows, columns, row stride, column stride, dtype code).
@@ -136,6 +168,10 @@ PYBIND11_MODULE(_native, m) {
   m.def("row_loss", &row_loss);
   m.def("row_grad", &row_grad);
   m.def("row_loss_grad", &row_loss_grad);
+  m.def("part_loss", py::overload_cast<const py::tuple&, int64_t, int64_t, uintptr_t>(&part_loss));
+  m.def("merge_parts",
+        py::overload_cast<uintptr_t, int64_t, int64_t, int64_t, int, uintptr_t, uintptr_t>(&merge_parts));
+  m.def("part_grad", py::overload_cast<const py::tuple&, int64_t, uintptr_t, double, uintptr_t, int64_t>(&part_grad));
   m.def("matmul", &matmul);
   m.def("head_loss", &head_loss);
   m.def("available_isas", &available_isas);

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import rows as entrances
 from .backends import reference
-from .parallel import VocabShard
+from .parallel import VocabShard, plain
 from .parallel import rows as sharded
 from .reduction import reduce_rows
 from .spec import Objective, Reduction, Rows
@@ -19,6 +19,8 @@ _grad_enabled = torch.is_grad_enabled
 def reduced_loss(rows: Rows, to: Reduction, inplace: bool = False, shard: VocabShard | None = None) -> Tensor:
     """The loss as `to` says, in its dtype; (N,) unreduced."""
     if shard is not None:
+        if plain.takes(rows, to, shard):
+            return plain.reduced(rows, to, shard, inplace)
         return sharded.reduced(sharded.apply(rows, shard, inplace=inplace), rows, to)
     if to.kind != "none" and not needs_reference(rows, to.token_weight, to.normalizer):
         loss = entrances.reduced(rows, to, inplace)

@@ -84,7 +84,7 @@ def _(input: Tensor, *rest: Any) -> Tensor:
     return input.new_empty(input.shape)
 
 
-def _eager(input: Tensor) -> bool:
+def eager(input: Tensor) -> bool:
     """Whether a plain tensor meets no tracing and no dispatch mode: then the backend is called without the dispatcher,
     which costs more than the rest of a small call."""
     return not _is_compiling() and type(input) in _PLAIN_TYPES and _mode_depth() == 0
@@ -147,14 +147,14 @@ def call_row_loss(rows: Rows, extras: bool, whole: Tensor | None = None) -> tupl
     """Losses, statistics, argmax and rank, through the dispatcher only where someone listens there. `whole`: see
     native.row_loss."""
     given = () if whole is None else (whole,)
-    if _eager(rows.input):
+    if eager(rows.input):
         return choose(rows).row_loss(rows, extras, *given)
     return torch.ops.fastloss.row_loss(*_flat(rows), extras, *given)
 
 
 def call_row_grad(rows: Rows, stats: Tensor, upstream: list[Tensor | None], out: Tensor | None = None) -> Tensor:
     """The gradient from the statistics, likewise."""
-    if _eager(rows.input):
+    if eager(rows.input):
         return choose(rows).row_grad(rows, stats, upstream, out)
     return torch.ops.fastloss.row_grad(*_flat(rows), stats, upstream)
 
@@ -333,7 +333,7 @@ def _refuse_inplace_twice(misused: bool) -> None:
 
 def reduced(rows: Rows, to: Reduction, inplace: bool = False) -> Tensor | None:
     """The mean or summed loss in one pass; None where only `per_row` will do."""
-    if not _eager(rows.input):
+    if not eager(rows.input):
         return None
     backend = choose(rows)
     if backend.row_loss_grad is None:

@@ -248,10 +248,39 @@ def row_loss_grad(
         0 if grad is None else grad.stride(0),
         streaming,
     )
-    return _scalar(value, to.dtype), grad, None
+    return scalar(value, to.dtype), grad, None
 
 
-def _scalar(value: float, dtype: torch.dtype) -> Tensor:
+# ---- rows of which other ranks have other classes: csrc/cpu/parts.h ---------------------------------------------------
+
+PART_COLUMNS = 4
+
+
+def part_loss(rows: Rows, start: int, vocab_size: int, columns: Tensor) -> int:
+    """Into `columns` (PART_COLUMNS * N,), as bytes: what merge.contribution says of a part of class-index rows, which
+    begins at class `start`. Returns how many rows count."""
+    fields = rows_fields(readable(rows), _num_threads())
+    return _native.part_loss(fields, start, vocab_size, columns.data_ptr())
+
+
+def merge_parts(everyone: Tensor, first: int, N: int, dtype: torch.dtype) -> tuple[float, Tensor]:
+    """The summed loss and the statistics (5, N) of whole rows, from bytes (R, B) of which those from `first` on are
+    each part's columns."""
+    out = torch.empty((6, N), dtype=dtype)
+    parts, stride = everyone.shape
+    loss, stats = out.data_ptr(), out.data_ptr() + N * dtype.itemsize
+    code = DTYPE_CODES[dtype]
+    return _native.merge_parts(everyone.data_ptr() + first, parts, stride, N, code, loss, stats), out[1:]
+
+
+def part_grad(rows: Rows, start: int, stats: Tensor, upstream: float, out: Tensor) -> None:
+    """The gradient of a part's logits, `upstream` times that of every row's loss."""
+    fields = rows_fields(readable(rows), _num_threads())
+    _native.part_grad(fields, start, stats.data_ptr(), upstream, out.data_ptr(), out.stride(0))
+
+
+def scalar(value: float, dtype: torch.dtype) -> Tensor:
+    """A loss as a tensor ()."""
     try:
         return torch.scalar_tensor(value, dtype=dtype)
     except RuntimeError:  # too large for it: infinity, as torch's sum would be

@@ -133,15 +133,24 @@ class Sharded(torch.autograd.Function):
         if torch.compiler.is_compiling():  # operators return what they make
             made = gradients(rows, local, ctx.part, whole, upstream, call_row_grad) if size else input[:, :0]
             return torch.nn.functional.pad(made, (0, input.shape[1] - size)), *nothing
-        grad = input.detach() if ctx.inplace else _empty(input)
-        if size:
-            row_grad = lambda local, stats, g: call_row_grad(local, stats, g, grad[:, :size])  # noqa: E731
-            gradients(rows, local, ctx.part, whole, upstream, row_grad)
-        if size < input.shape[1]:
-            grad[:, size:] = 0
-        if ctx.inplace:
-            torch.autograd.graph.increment_version(input)
-        return grad, *nothing
+
+        def write(grad: Tensor) -> None:
+            if size:
+                row_grad = lambda local, stats, g: call_row_grad(local, stats, g, grad)  # noqa: E731
+                gradients(rows, local, ctx.part, whole, upstream, row_grad)
+
+        return written(input, size, ctx.inplace, write), *nothing
+
+
+def written(input: Tensor, size: int, inplace: bool, write: Callable[[Tensor], None]) -> Tensor:
+    """A gradient of logits, of whose classes `write` writes the first `size`; what is beyond is padding."""
+    grad = input.detach() if inplace else _empty(input)
+    write(grad[:, :size])
+    if size < input.shape[1]:
+        grad[:, size:] = 0
+    if inplace:
+        torch.autograd.graph.increment_version(input)
+    return grad
 
 
 def _empty(input: Tensor) -> Tensor:

@@ -91,7 +91,7 @@ def gather(fields: Fields, rows: Rows, shard: VocabShard, asked: tuple[bool, ...
 
         everyone = functional.wait_tensor(functional.all_gather_tensor(packed, 0, group_of(shard)))
     else:
-        header = _header(rows, shard, asked)
+        header = header_of(rows, shard, asked)
         everyone = _all_gather_checked(packed.view(-1).view(torch.uint8), header, shard).view(packed.dtype)
     return dict(zip(fields, everyone.view(shard.ranks, *packed.shape).unbind(1), strict=True))
 
@@ -102,22 +102,33 @@ def gather(fields: Fields, rows: Rows, shard: VocabShard, asked: tuple[bool, ...
 # of bytes. It starts with what they must agree upon. What does not fit follows, when they are known to agree.
 BLOCK_BYTES = 1 << 16
 _ALIKE = ("vocab_size", "rows", "dtype", "loss", "options", "class weights")
-_HEADER_BYTES = 8 * (2 + len(_ALIKE))
+HEADER_BYTES = 8 * (2 + len(_ALIKE))
 _agreed: set[tuple[tuple[int, ...], ...]] = set()
 
 
-def _all_gather_checked(mine: Tensor, header: tuple[int, ...], shard: VocabShard) -> Tensor:
-    """Bytes (B,) of all ranks, (R, B); the same error on every rank where their headers disagree."""
-    block = mine.new_empty(BLOCK_BYTES)
-    first = min(len(mine), BLOCK_BYTES - _HEADER_BYTES)
-    block[:_HEADER_BYTES].view(torch.int64).copy_(_on(header, mine.device))
-    block[_HEADER_BYTES : _HEADER_BYTES + first] = mine[:first]
+def new_block(header: tuple[int, ...], device: torch.device) -> Tensor:
+    """Bytes to be sent, of which those from HEADER_BYTES on are not written yet."""
+    block = torch.empty(BLOCK_BYTES, dtype=torch.uint8, device=device)
+    block[:HEADER_BYTES] = _on(header, device)
+    return block
+
+
+def exchange(block: Tensor, header: tuple[int, ...], shard: VocabShard) -> Tensor:
+    """The blocks of all ranks, (R, BLOCK_BYTES); the same error on every rank where their headers disagree."""
     everyone = _gathered(block, shard)
     # A device is waited for only where this rank calls for the first time.
-    if mine.device.type == "cpu" or header not in _checked:
-        _check_headers(everyone[:, :_HEADER_BYTES].contiguous().view(torch.int64).tolist(), shard.vocab_size)
+    if block.device.type == "cpu" or header not in _checked:
+        _check_headers(everyone[:, :HEADER_BYTES].contiguous().view(torch.int64).tolist(), shard.vocab_size)
         _checked.add(header)
-    everyone = everyone[:, _HEADER_BYTES : _HEADER_BYTES + first]
+    return everyone
+
+
+def _all_gather_checked(mine: Tensor, header: tuple[int, ...], shard: VocabShard) -> Tensor:
+    """Bytes (B,) of all ranks, (R, B)."""
+    block = new_block(header, mine.device)
+    first = min(len(mine), BLOCK_BYTES - HEADER_BYTES)
+    block[HEADER_BYTES : HEADER_BYTES + first] = mine[:first]
+    everyone = exchange(block, header, shard)[:, HEADER_BYTES : HEADER_BYTES + first]
     if first < len(mine):
         everyone = torch.cat([everyone, _gathered(mine[first:], shard)], 1)
     return everyone.contiguous()
@@ -134,10 +145,10 @@ def _gathered(mine: Tensor, shard: VocabShard) -> Tensor:
 
 @lru_cache(maxsize=256)
 def _on(header: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(header, dtype=torch.int64, device=device)
+    return torch.tensor(header, dtype=torch.int64, device=device).view(torch.uint8)
 
 
-def _header(rows: Rows, shard: VocabShard, asked: tuple[bool, ...]) -> tuple[int, ...]:
+def header_of(rows: Rows, shard: VocabShard, asked: tuple[bool, ...]) -> tuple[int, ...]:
     """The part, and numbers for all that must be alike."""
     picks = 0 if rows.probs is None else rows.probs.shape[1]
     said = str(rows.compute_dtype), rows.spec.objective.name, rows.spec, asked, picks, rows.weight is not None
