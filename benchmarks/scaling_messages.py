@@ -75,7 +75,7 @@ CROSS_ENTROPY = len(contributed(_example(Objective.INDEX), Asked()))
 
 def sent(N: int, count: int = CROSS_ENTROPY) -> list[int]:
     """Bytes that a rank puts into each of the all-gathers for N rows of `count` fields: a block, and what is left."""
-    left = N * count * _FLOAT - (shard.BLOCK_BYTES - shard._HEADER_BYTES)
+    left = N * count * _FLOAT - (shard.BLOCK_BYTES - shard.HEADER_BYTES)
     return [shard.BLOCK_BYTES] + [left] * (left > 0)
 
 

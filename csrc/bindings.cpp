@@ -18,9 +18,9 @@ void check_targets(const Rows& r, int64_t V) {
   if (!r.spec.indexed()) return;
   for (int64_t i = 0; i < r.input.rows * r.picks; ++i)
     if (r.target[i] != r.ignore_index && (r.target[i] < 0 || r.target[i] >= V))
-      throw py::index_error("target: expected class indices in [0, " + std::to_string(V) +
-                            ") or ignore_index (" + std::to_string(r.ignore_index) + "), but Target " +
-                            std::to_string(r.target[i]) + " is out of bounds.");
+      throw py::index_error("target: expected class indices in [0, " + std::to_string(V) + ") or ignore_index (" +
+                            std::to_string(r.ignore_index) + "), but Target " + std::to_string(r.target[i]) +
+                            " is out of bounds.");
 }
 void check_targets(const Rows& r) { check_targets(r, r.input.cols); }
 

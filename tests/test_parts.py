@@ -24,8 +24,10 @@ from torch import Tensor
 
 import fastloss
 from fastloss import VocabShard
+from fastloss.backends import native
 from fastloss.linear import sharded as heads
 from fastloss.parallel import rows as sharded
+from fastloss.parallel import shard as sharding
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ALL = [*CASES, *LOSS_CASES]
@@ -40,10 +42,10 @@ def threads_as_ranks(size: int) -> Iterator[Callable[[Callable[[int], Any]], lis
     barrier, box, kernels = threading.Barrier(size, timeout=60), [None] * size, threading.RLock()
     mine = threading.local()
 
-    def gather(fields: dict[str, Tensor], *_: Any) -> dict[str, Tensor]:
-        box[mine.rank] = fields
+    def gathered(block: Tensor, _: VocabShard) -> Tensor:
+        box[mine.rank] = block
         barrier.wait()
-        everyone = {name: torch.stack([found[name] for found in box]) for name in fields}
+        everyone = torch.stack(list(box))
         barrier.wait()
         return everyone
 
@@ -70,7 +72,7 @@ def threads_as_ranks(size: int) -> Iterator[Callable[[Callable[[int], Any]], lis
     with ExitStack() as stack:
         for module, name in launches:
             stack.enter_context(patch.object(module, name, in_turn(getattr(module, name))))
-        stack.enter_context(patch.object(sharded, "gather", gather))
+        stack.enter_context(patch.object(sharding, "_gathered", gathered))
         stack.enter_context(patch.object(VocabShard, "ranks", size))
         stack.enter_context(patch.object(heads, "group_of", lambda _: SimpleNamespace(group_name="")))
         yield run
@@ -136,6 +138,70 @@ def test_any_cut_equals_no_cut(drawn):
     case, N, V, cuts, seed = drawn
     with fastloss.use_backend("cpu"):
         check(case, N, V, cuts, torch.Generator().manual_seed(seed))
+
+
+@st.composite
+def plain_call(draw: st.DrawFn) -> tuple[Tensor, Tensor, dict[str, Any], list[int], int]:
+    """Logits, class indices, options and cuts into parts that have classes, of a loss that merges natively."""
+    V, N = draw(st.integers(2, 300)), draw(st.integers(0, 5))
+    g = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    dtype = draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
+    x = (torch.randn(N, V, generator=g) * draw(st.sampled_from([1.0, 30.0, 1e4]))).to(dtype)
+    y = torch.randint(V, (N,), generator=g)
+    if draw(st.booleans()):  # a part of no probability
+        x[:, V // 2 :] = -torch.inf
+        y %= V // 2
+    for i in draw(st.sets(st.integers(0, max(N - 1, 0)))) if N else ():
+        y[i] = -100
+    options: dict[str, Any] = draw(
+        st.sampled_from(
+            [{}, {"reduction": "sum"}, {"normalizer": 3.0}, {"normalizer": torch.tensor(7)}, {"softcap": 20.0}]
+        )
+    )
+    inside = st.integers(1, V - 1)
+    cuts = sorted(draw(st.sets(inside, min_size=1, max_size=5)))
+    return x, y, options, [0, *cuts, V]
+
+
+@pytest.mark.parametrize("isa_name", ISAS)
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(call=plain_call())
+def test_parts_that_merge_natively(isa_name, call):
+    """Values and gradients of float64 and the textbook, as good as torch's of the whole vocabulary."""
+    x, y, options, cuts = call
+    textbook = {name: value for name, value in options.items() if name == "reduction"}
+    reductions = {"reduction": "sum"} if "normalizer" in options else textbook
+
+    def oracle(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        x = x.to(dtype).requires_grad_()
+        z = options["softcap"] * torch.tanh(x / options["softcap"]) if "softcap" in options else x
+        loss = torch.nn.functional.cross_entropy(z, y, **reductions) / options.get("normalizer", 1)
+        (grad,) = torch.autograd.grad(loss, x)
+        return loss.detach().double(), torch.where((y == -100)[:, None], 0, grad).double()
+
+    def on_rank(rank: int) -> tuple[Tensor, Tensor]:
+        part = slice(*cuts[rank : rank + 2])
+        own = x[:, part].clone().requires_grad_()
+        loss = fastloss.cross_entropy(own, y, shard=VocabShard(part.start, part.stop, cuts[-1]), **options)
+        (grad,) = torch.autograd.grad(loss, own)
+        return loss.detach(), grad
+
+    merged = patch.object(native, "merge_parts", wraps=native.merge_parts)
+    with on_engine(isa_name), merged as merging, threads_as_ranks(len(cuts) - 1) as run:
+        found = run(on_rank)
+    assert merging.call_count == len(cuts) - 1
+    assert all(torch.equal(loss, found[0][0]) or loss.isnan() for loss, _ in found)
+    want, theirs = oracle(x, torch.float64), oracle(x, x.dtype)
+    got = found[0][0].double(), torch.cat([grad for _, grad in found], 1).double()
+    eps = torch.finfo(x.dtype).eps
+    for ours, exact, other in zip(got, want, theirs, strict=True):
+        assert torch.equal(ours.isfinite(), exact.isfinite())
+        error, allowed = (
+            (t - exact).nan_to_num(posinf=0, neginf=0).abs().amax() if t.numel() else 0 for t in (ours, other)
+        )
+        assert error <= allowed + 4 * eps * max(
+            1.0, float(exact.nan_to_num(posinf=0).abs().max()) if exact.numel() else 1
+        )
 
 
 def check_exactly(case: Case, N: int, cuts: list[int], dtype: torch.dtype, g: torch.Generator) -> None:

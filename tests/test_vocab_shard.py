@@ -108,6 +108,37 @@ def test_collectives(two, function, forward, backward):
         assert found == (forward, backward, forward * 65536)
 
 
+def plainly(empty: bool) -> tuple[int, int]:
+    """Collectives of a loss of class indices where no mode listens, and their bytes."""
+    V, N = 7, 4
+    shard = VocabShard(*((0, V) if dist.get_rank() == 0 else (V, V)), V) if empty else VocabShard.even(V)
+    x, y = numbers(N, V).detach(), torch.tensor([0, -100, 6, 3])
+    own, gathered, gather = mine(x, shard).detach().requires_grad_(), [], sharding.all_gather
+
+    def count(out: Tensor, x: Tensor, **more: Any) -> Any:
+        gathered.append(x.nbytes)
+        return gather(out, x, **more)
+
+    sharding.all_gather = count
+    try:
+        loss = fastloss.cross_entropy(own, y, shard=shard)
+        loss.backward()
+    finally:
+        sharding.all_gather = gather
+    whole = x.clone().requires_grad_()
+    want = F.cross_entropy(whole, y)
+    want.backward()
+    torch.testing.assert_close(loss, want)
+    torch.testing.assert_close(own.grad, whole.grad[:, shard.start : shard.stop])
+    return len(gathered), sum(gathered)
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_what_merges_natively_sends_the_same(two, empty):
+    """A rank without classes comes another way, and says the same."""
+    assert two.run(plainly, empty) == [(1, 65536)] * 2
+
+
 def many_rows() -> tuple[int, int]:
     shard, rows = VocabShard.even(7), 5000
     x, y = torch.randn(rows, 7, generator=torch.Generator().manual_seed(0)), torch.arange(rows) % 7

@@ -251,7 +251,7 @@ def row_loss_grad(
     return scalar(value, to.dtype), grad, None
 
 
-# ---- rows of which other ranks have other classes: csrc/cpu/parts.h ---------------------------------------------------
+# ---- rows of which other ranks have other classes: csrc/cpu/parts.h --------------------------------------------------
 
 PART_COLUMNS = 4
 

@@ -1,6 +1,6 @@
-"""The cross-entropy that nearly every run asks for, of class indices and no more, on CPUs: what fastloss/parallel/rows.py
-and merge.py say in a hundred operations on vectors of N, in two calls of the kernels around the same collective. Small
-losses are made of such operations."""
+"""The cross-entropy that nearly every run asks for, of class indices alone, on CPUs. What rows.py and merge.py say in
+a hundred operations on vectors of N are two calls of the kernels, around the same collective: small losses are made of
+such operations."""
 
 from __future__ import annotations
 
