@@ -5,16 +5,18 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.nn.functional as F
-from test_triton_heads import OPTIONS, head, log  # noqa: F401 - a fixture
+from test_triton_heads import OPTIONS, head, log, multiplied  # noqa: F401 - a fixture
 from triton_engine import TARGETS, assert_multiplies_well, in_shapes, launches, taking_turns
 
 import fastloss
 from fastloss.backends import device
 from fastloss.backends import triton as backend
+from fastloss.linear import chunks
 from fastloss.linear.heads import Head, stand_in
 from fastloss.spec import Rows, make_spec
 
@@ -62,16 +64,16 @@ def check(N: int, V: int, H: int, dtype: torch.dtype, g: torch.Generator, reduct
         assert error <= 1.05 * allowed + torch.finfo(dtype).eps / 4
 
 
-@pytest.mark.parametrize("filter_eps", [0.0, 1e-7])
+@pytest.mark.parametrize("filter_eps", [None, 1e-7])
 @pytest.mark.parametrize("options", OPTIONS)
 def test_executed(log, options, filter_eps, generator):  # noqa: F811
     """Rows, classes and depths that fill no tile. Dtypes and reductions take turns."""
-    turn = list(OPTIONS).index(options) + (filter_eps > 0)
-    reduction = "none" if filter_eps == 0 else ("mean", "sum")[turn // 2 % 2]
+    turn = list(OPTIONS).index(options) + (filter_eps is not None)
+    reduction = "none" if filter_eps is None else ("mean", "sum")[turn // 2 % 2]
     dtype = (torch.bfloat16, torch.float16)[turn % 2]
     check(5, 300, 40, dtype, generator, reduction, filter_eps=filter_eps, **OPTIONS[options])
     ran = {launch.kernel.split("(")[0] for launch in log}
-    assert {"head_states", "head_grad"} <= ran and ("kept_product" in ran) == (filter_eps > 0)
+    assert {"head_states", "head_grad"} <= ran and ("kept_product" in ran) == (filter_eps is not None)
 
 
 @pytest.mark.parametrize("options", ["bias", "softcap"])
@@ -106,7 +108,7 @@ def peaked(N: int, V: int, H: int, dtype: torch.dtype, g: torch.Generator) -> tu
     return rows, made, F.linear(hidden.double(), weight.double(), bias.double())
 
 
-def made_of(rows: Rows, given: Head, filter_eps: float, upstream: torch.Tensor) -> tuple[torch.Tensor, Any]:
+def made_of(rows: Rows, given: Head, filter_eps: float | None, upstream: torch.Tensor) -> tuple[torch.Tensor, Any]:
     """What head_grad writes and says of it."""
     kernels = backend.kernels()
     _, stats, *_ = device.head_loss(kernels, rows, *given, False)
@@ -120,7 +122,7 @@ def test_the_gradient_of_logits(log, dtype, generator):  # noqa: F811
     """Every entry, once; with filtering off by less than filter_eps times upstream, and zero in a tile left out."""
     rows, given, logits = peaked(6, 380, 32, dtype, generator)
     upstream = torch.rand(6, generator=generator) + 0.5
-    exact, tiles = made_of(rows, given, 0.0, upstream)
+    exact, tiles = made_of(rows, given, None, upstream)
     assert tiles is None and log[-1].store_bytes == exact.numel() * 2
     logits.requires_grad_()
     F.cross_entropy(logits, rows.target, reduction="none").backward(upstream.double())
@@ -152,6 +154,38 @@ def test_products_never_read_what_is_left_out(log, generator):  # noqa: F811
     torch.testing.assert_close(d_weight, clean.t() @ hidden.float(), **close)
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+def test_ignored_rows_are_in_no_product(log, weighted, generator):  # noqa: F811
+    """With a filter_eps of 0 on a device, where nobody knows how many they are: forward and backward as many operations
+    of tensor cores as for the rows that count, of a gradient that is exact."""
+    (hidden, weight, _), y = head(140, 130, 32, torch.bfloat16, generator)
+    y[torch.randperm(140, generator=generator)[:80]] = -100
+    token_weight = torch.where(torch.arange(140) % 7 == 0, 0.0, 0.5) if weighted else None
+    counts = y != -100 if token_weight is None else (y != -100) & (token_weight != 0)
+
+    def run(where: slice | torch.Tensor) -> list[torch.Tensor]:
+        log.clear()
+        inputs = [hidden[where].clone().requires_grad_(), weight.clone().requires_grad_()]
+        mine = None if token_weight is None else token_weight[where]
+        loss = fastloss.linear_cross_entropy(*inputs, y[where], token_weight=mine, filter_eps=0.0)
+        return [loss.detach(), *torch.autograd.grad(loss, inputs)]
+
+    with patch.object(chunks, "without_effect", lambda *_: None):  # as it is there
+        loss, *found = run(slice(None))
+        taken = multiplied(log)
+        alone, *of_some = run(counts)
+    assert 0 < taken == multiplied(log)
+    torch.testing.assert_close(loss, alone)
+    assert not found[0][~counts].any()
+    torch.testing.assert_close([found[0][counts], found[1]], of_some, rtol=1e-2, atol=1e-5)
+    exact = [t.double().requires_grad_() for t in (hidden, weight)]
+    losses = F.cross_entropy(F.linear(*exact), y, reduction="none")
+    weights = counts.double() if token_weight is None else token_weight.double() * counts
+    ((losses * weights).sum() / weights.sum()).backward()
+    for ours, want in zip(found, exact, strict=True):
+        assert (ours.double() - want.grad).norm() < 5e-3 * want.grad.norm()
+
+
 def test_rows_that_do_not_count(log, generator):  # noqa: F811
     """Whatever they hold: a tile of them costs nothing."""
     rows, given, _ = peaked(140, 130, 16, torch.float16, generator)
@@ -160,7 +194,7 @@ def test_rows_that_do_not_count(log, generator):  # noqa: F811
     grad, tiles = made_of(rows, given, 1e-7, torch.ones(140))
     assert tiles.kept.tolist() == [[0, 0], [1, 0]] and not grad[:128].any() and grad[128:].any()
     rows.target[:] = -100
-    assert not made_of(rows, given, 0.0, torch.ones(140))[0].any()
+    assert not made_of(rows, given, None, torch.ones(140))[0].any()
 
 
 def test_a_bad_row_is_not_hidden(log, generator):  # noqa: F811
@@ -181,7 +215,7 @@ def test_from_the_public_functions(log, generator):  # noqa: F811
     F.cross_entropy(F.linear(*exact), y).backward()
     for found, want in zip((hidden.grad, layer.linear.weight.grad), exact, strict=True):
         assert (found.double() - want.grad).norm() < 5e-3 * want.grad.norm()
-    assert "filter_eps leaves out" in fastloss.explain(hidden, y, linear_weight=weight)
+    assert "filter_eps leaves out small tiles" in fastloss.explain(hidden, y, linear_weight=weight)
     assert "filter_eps no effect" in fastloss.explain(hidden.float(), y, linear_weight=weight.float())
 
 
@@ -216,7 +250,7 @@ def test_machine_code(target, dtype, general):
         assert_multiplies_well(launch, target)
 
 
-@pytest.mark.parametrize("bad", [-1e-9, float("inf"), float("nan"), "small", None])
+@pytest.mark.parametrize("bad", [-1e-9, float("inf"), float("nan"), "small"])
 def test_bad_filter_eps(bad):
     with pytest.raises(ValueError, match="filter_eps: expected a finite number >= 0"):
         fastloss.linear_cross_entropy(torch.zeros(2, 3), torch.zeros(4, 3), torch.tensor([0, 1]), filter_eps=bad)

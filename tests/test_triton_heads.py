@@ -97,6 +97,32 @@ def test_a_masked_class_and_ignored_rows(log, generator):
     assert loss[1] == 0 and loss[2] == torch.inf
 
 
+def test_ignored_rows_are_in_no_product(log, generator):
+    """Wherever they are: as many operations of tensor cores as for the rows that count, in whole tiles, and no hidden
+    state of theirs is read."""
+    (hidden, weight, _), y = head(264, 130, 32, torch.bfloat16, generator)
+    scattered = torch.randperm(264, generator=generator)[:137]
+    y[scattered], y[:3] = -100, 5
+    token_weight = torch.ones(264)
+    token_weight[:2] = 0
+    counts = (y != -100) & (token_weight != 0)
+    hidden[~counts] = torch.nan
+    with torch.no_grad():
+        loss = fastloss.linear_cross_entropy(hidden, weight, y, token_weight=token_weight, reduction="sum")
+        want = F.cross_entropy(F.linear(hidden[counts].double(), weight.double()), y[counts], reduction="sum")
+    torch.testing.assert_close(loss.double(), want, rtol=1e-2, atol=0)
+    of_some = multiplied(log)
+    log.clear()
+    with torch.no_grad():
+        fastloss.linear_cross_entropy(hidden[counts], weight, y[counts], reduction="sum")
+    assert 64 < counts.sum() <= 128 and 0 < of_some == multiplied(log)
+
+
+def multiplied(log: list[Any]) -> int:
+    """Operations of tensor cores."""
+    return sum(launch.by_base.get("mma", 0) for launch in log)
+
+
 def test_nothing_of_the_vocabulary_is_written(log, generator):
     (hidden, weight, _), y = head(4, 4096, 64, torch.bfloat16, generator)
     with torch.no_grad():
@@ -110,7 +136,8 @@ def launches_of(target: str, dtype: torch.dtype, extras: bool, **options: Any) -
     V, H = 32000, 1024
     made = Head(torch.randn(130, H).to(dtype), torch.randn(V, H).to(dtype), torch.randn(V).to(dtype))
     rows = Rows(stand_in(made), torch.zeros(130, dtype=torch.int64), None, make_spec(**options))
-    out = torch.empty(130), torch.empty(5, 130), torch.empty(130, dtype=torch.int64) if extras else None
+    index = torch.zeros(130, dtype=torch.int64)
+    out = torch.empty(130), torch.empty(5, 130), index if extras else None, None if extras else index
     found = launches(lambda kernels: kernels.head_stats(rows, *made, *out), target)
     return [launch for launch in found if launch.kernel.__name__ == "head_states"]
 

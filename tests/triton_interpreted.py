@@ -103,7 +103,7 @@ def test_heads(engine, options, generator):
         test_triton_heads.check(N, V, H, torch.float16, generator, **test_triton_heads.OPTIONS[options])
 
 
-@pytest.mark.parametrize(("options", "reduction", "filter_eps"), [("bias", "none", 0.0), ("smoothing", "mean", 1e-7)])
+@pytest.mark.parametrize(("options", "reduction", "filter_eps"), [("bias", "none", None), ("smoothing", "mean", 1e-7)])
 def test_head_gradients(engine, options, reduction, filter_eps, generator):
     given = {**test_triton_heads.OPTIONS[options], "filter_eps": filter_eps}
     test_triton_head_grads.check(70, 140, 21, torch.float16, generator, reduction, **given)

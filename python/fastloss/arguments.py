@@ -153,10 +153,12 @@ def classes_last(input: Tensor, name: str = "input") -> Tensor:
     return input if input.dim() == 2 else input.reshape(math.prod(input.shape[:-1]), input.shape[-1])
 
 
-def check_filter_eps(filter_eps: float) -> float:
+def check_filter_eps(filter_eps: float | None) -> float | None:
     """Below what a gradient of logits may be left out."""
+    if filter_eps is None:
+        return None
     if not isinstance(filter_eps, (int, float)) or not 0 <= filter_eps < float("inf"):
-        raise ValueError(f"filter_eps: expected a finite number >= 0, got {filter_eps!r}")
+        raise ValueError(f"filter_eps: expected a finite number >= 0 or None, got {filter_eps!r}")
     return float(filter_eps)
 
 

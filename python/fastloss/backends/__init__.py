@@ -169,7 +169,9 @@ def explain(input: Tensor, target: Tensor, objective: str | None = None, *, line
         tiled = source.takes_head is not None and source.takes_head(rows, input, linear_weight)
         lines.append(f"   scoring    {'without logits in memory' if tiled else 'likewise'}")
         filters = tiled and source.head_grad is not None
-        effect = "leaves out tiles of the gradient that are small" if filters else "no effect: the gradient is exact"
+        effect = (
+            "leaves out small tiles of the gradient; 0: ignored rows" if filters else "no effect: the gradient is exact"
+        )
         lines.append(f"   filter_eps {effect}")
     return "\n".join(lines)
 

@@ -73,7 +73,8 @@ class Kernels(NamedTuple):
     rescale: Callable[[Tensor, Tensor], None]
     # (rows, hidden, head): can logits stay on chip that are the product of these?
     takes_head: Callable[[Rows, Tensor, Tensor], bool] | None = None
-    # (rows, hidden, head, bias, loss, stats, argmax): row_stats of rows that have no logits in memory
+    # (rows, hidden, head, bias, loss, stats, argmax, order): row_stats of rows that have no logits in memory, taken in
+    # an order (N,), or None
     head_stats: Callable[..., None] | None = None
     # (rows, upstream): the height and width of head_grad's tiles
     head_tiles: Callable[[Rows, Upstream], tuple[int, int]] | None = None
@@ -131,8 +132,15 @@ def head_loss(
     N, new, F = hidden.shape[0], hidden.new_empty, rows.compute_dtype
     loss, stats, argmax = new(N, dtype=F), new((STATS, N), dtype=F), new(N if extras else 0, dtype=torch.int64)
     if N:
-        kernels.head_stats(*given, loss, stats, argmax if extras else None)
+        # Tiles of a product hold either rows that count or rows that are ignored, of which there are no logits.
+        order = None if extras else last(rows.target == rows.spec.ignore_index)
+        kernels.head_stats(*given, loss, stats, argmax if extras else None, order)
     return loss, stats, argmax, new((N, 0), dtype=F)
+
+
+def last(these: Tensor) -> Tensor:
+    """The order (N,) of rows in which these (N,) are the last; nothing is waited for."""
+    return these.to(torch.int8).argsort(stable=True)
 
 
 def _readable_head(
@@ -154,18 +162,18 @@ def head_grad(
     stats: Tensor,
     upstream: list[Tensor | None],
     out: Tensor,
-    filter_eps: float,
+    filter_eps: float | None,
 ) -> Tiles | None:
-    """row_grad of rows whose logits are never written; and with filter_eps > 0 which tiles of it are not zero."""
+    """row_grad of rows whose logits are never written; and with a filter_eps which tiles of it are not zero."""
     assert kernels.head_grad is not None and kernels.head_tiles is not None and kernels.kept_product is not None
     factors, tiles = _factors(upstream, stats.dtype), None
-    if filter_eps > 0 and out.numel():
+    if filter_eps is not None and out.numel():
         size = kernels.head_tiles(rows, factors)
         shape = [-(-length // side) for length, side in zip(out.shape, size, strict=True)]
         tiles = Tiles(out.new_empty(shape, dtype=torch.int8), size, kernels.kept_product)
     if out.numel():
         given = _readable_head(rows, hidden, head, bias)
-        kernels.head_grad(*given, stats, factors, out, None if tiles is None else tiles.kept, filter_eps)
+        kernels.head_grad(*given, stats, factors, out, None if tiles is None else tiles.kept, filter_eps or 0.0)
     return tiles
 
 

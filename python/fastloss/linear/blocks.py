@@ -19,7 +19,7 @@ from ..spec import COMPUTE_DTYPE, Objective, Reduction, Rows
 from . import grads
 from .chunks import Chunk, equal_parts, not_asked_for, row_loss
 from .grads import HeadGrads
-from .heads import LinearRows, empty, grads_on_chip, row_bytes, sum_bytes
+from .heads import LinearRows, empty, filters, row_bytes, sum_bytes
 
 _PANEL = 64  # blocks are whole panels of the matrix product's, of any instruction set
 
@@ -30,8 +30,7 @@ def needed(given: LinearRows, needs: list[bool]) -> bool:
     if not (needs[1] and len(weight) * sum_bytes(given.head, weight) > given.block_bytes):
         return False
     backend = given.backend()
-    filters = given.filter_eps > 0 and grads_on_chip(given, backend)  # by tiles of all rows and classes
-    return backend.in_parts and not filters
+    return backend.in_parts and not filters(given, backend)  # by tiles of all rows and classes
 
 
 def loss_and_grads(given: LinearRows, to: Reduction, needs: list[bool]) -> tuple[Tensor, list[Tensor]]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..arguments import check_indices
 from ..backends import Backend
+from ..backends.device import last
 from ..reduction import valid_rows
 from ..spec import Rows
 from .heads import Head, LinearRows, empty, on_chip
@@ -32,11 +33,14 @@ class Chunk(NamedTuple):
         return None if vector is None else vector[self.where]
 
 
-def chunks(given: LinearRows, backend: Backend, skipped: Tensor | None = None, filled: bool = True) -> Iterator[Chunk]:
-    """The rows that are not skipped, in equal parts; not `filled`, there is only memory for their logits."""
+def chunks(
+    given: LinearRows, backend: Backend, skipped: Tensor | None = None, filled: bool = True, order: Tensor | None = None
+) -> Iterator[Chunk]:
+    """The rows that are not skipped, or all in an order (N,), in equal parts; not `filled`, there is only memory for
+    their logits."""
     rows, head, teacher = given.rows, given.head, given.teacher
     _check(rows)
-    index = None if skipped is None else (~skipped).nonzero()[:, 0]
+    index = order if skipped is None else (~skipped).nonzero()[:, 0]
     N = rows.input.shape[0] if index is None else len(index)
     if N == 0:
         return
@@ -86,16 +90,30 @@ def without_effect(rows: Rows, token_weight: Tensor | None = None) -> Tensor | N
     would have to be waited for."""
     if rows.target.device.type != "cpu":
         return None
+    effect = _with_effect(rows, token_weight)
+    return None if effect is None or bool(effect.all()) else ~effect
+
+
+def _with_effect(rows: Rows, token_weight: Tensor | None) -> Tensor | None:
+    """The others; None where there are no targets to be ignored, and no weights."""
     valid = valid_rows(rows)
-    if token_weight is not None:
-        valid = token_weight != 0 if valid is None else valid & (token_weight != 0)
-    return None if valid is None or bool(valid.all()) else ~valid
+    if token_weight is None:
+        return valid
+    return token_weight != 0 if valid is None else valid & (token_weight != 0)
 
 
 def not_asked_for(rows: Rows, upstream: Sequence[Tensor | None]) -> Tensor | None:
     """Those without effect for upstream gradients (N,) of losses and, of all rows, other statistics."""
     others = any(g is not None for g in upstream[1:])
     return None if others else without_effect(rows, upstream[0])
+
+
+def asked_for_first(rows: Rows, upstream: Sequence[Tensor | None]) -> Tensor | None:
+    """An order (N,) of rows in which those without effect come last, as `not_asked_for`, but for devices, where their
+    number is not known; None where all have."""
+    others = any(g is not None for g in upstream[1:])
+    effect = None if others else _with_effect(rows, upstream[0])
+    return None if effect is None else last(~effect)
 
 
 def row_loss(
@@ -109,10 +127,11 @@ def row_loss(
     logits of those, (N, K). None of rows without effect, unless there are extras. `then` is given each chunk with its
     statistics, and may do to its logits what it likes."""
     backend, rows = given.backend(), given.rows
-    skipped = None if extras else without_effect(rows, token_weight)
     if whole is None and then is None and on_chip(given, backend):
         assert backend.head_loss is not None
-        return list(backend.head_loss(_ignoring(rows, skipped), *given.head, extras))
+        weight = None if extras else token_weight
+        return list(backend.head_loss(_ignoring_weightless(rows, weight), *given.head, extras))
+    skipped = None if extras else without_effect(rows, token_weight)
     N, K = rows.input.shape[0], rows.target.shape[1] if rows.probs is not None else 0
     new, F = given.head.hidden.new_zeros, rows.compute_dtype
     out = [new(N, dtype=F), new((5, N), dtype=F), new(N if extras else 0, dtype=torch.int64)]
@@ -131,10 +150,10 @@ def row_loss(
     return out
 
 
-def _ignoring(rows: Rows, skipped: Tensor | None) -> Rows:
-    """With what makes rows ignored where they are skipped."""
-    if skipped is None:
+def _ignoring_weightless(rows: Rows, token_weight: Tensor | None) -> Rows:
+    """As if rows of no weight were ignored."""
+    if token_weight is None:
         return rows
     _check(rows)
-    skipped = skipped.view(-1, *(1,) * (rows.target.dim() - 1))
-    return rows._replace(target=rows.target.masked_fill(skipped, rows.spec.ignore_index))
+    weightless = (token_weight == 0).view(-1, *(1,) * (rows.target.dim() - 1))
+    return rows._replace(target=rows.target.masked_fill(weightless, rows.spec.ignore_index))

@@ -40,7 +40,7 @@ def linear_cross_entropy(
     out_dtype: torch.dtype | None = ...,
     return_stats: Literal[True],
     max_chunk_bytes: int = ...,
-    filter_eps: float = ...,
+    filter_eps: float | None = ...,
     shard: VocabShard | None = ...,
 ) -> tuple[Tensor, CrossEntropyStats]: ...
 
@@ -65,7 +65,7 @@ def linear_cross_entropy(
     out_dtype: torch.dtype | None = ...,
     return_stats: Literal[False] = ...,
     max_chunk_bytes: int = ...,
-    filter_eps: float = ...,
+    filter_eps: float | None = ...,
     shard: VocabShard | None = ...,
 ) -> Tensor: ...
 
@@ -90,7 +90,7 @@ def linear_cross_entropy(
     out_dtype: torch.dtype | None = None,
     return_stats: bool = False,
     max_chunk_bytes: int = MAX_CHUNK_BYTES,
-    filter_eps: float = 0.0,
+    filter_eps: float | None = None,
     shard: VocabShard | None = None,
 ) -> Tensor | tuple[Tensor, CrossEntropyStats]:
     r"""``F.cross_entropy(F.linear(input, linear_weight, linear_bias), target, weight, ...)``
@@ -98,7 +98,8 @@ def linear_cross_entropy(
     without the (N, C) logits: a drop-in for ``torch.nn.functional.linear_cross_entropy`` of torch 2.13, with everything
     that `fastloss.cross_entropy` has beyond torch. Logits are made some rows at a time, and become the gradients of
     `input`, `linear_weight` and `linear_bias` before the next: three matrix products in all, none for what needs no
-    gradient; rows that are ignored or weigh nothing are left out (on the CPU).
+    gradient. Rows that are ignored or weigh nothing are left out: on CPUs always; on GPUs, where nobody waits for their
+    number, of products that are the kernels' own (losses without gradients, and `filter_eps`).
 
     Args:
         input: hidden states (..., H); float32, bfloat16, float16 or float64, any strides.
@@ -119,8 +120,9 @@ def linear_cross_entropy(
             A tile of rows x classes of which every |softmax - target| is smaller counts as zero, and its part of the
             gradients' products is not computed. No entry of the logits' gradient is off by as much as filter_eps times
             the upstream gradient of its row (with several of a row, their absolute sum); docs/math.md measures what
-            that does to input's. On the `triton` backend, of class indices, 16-bit input and linear_weight; elsewhere,
-            as with 0, the gradient is exact (`fastloss.explain` says which).
+            that does to input's. 0 is exact, and leaves out the rows that are ignored or weigh nothing, wherever they
+            are; None, the default, takes them all, and one product less. On the `triton` backend, of class indices,
+            16-bit input and linear_weight; elsewhere the gradient is exact (`fastloss.explain` says which).
         shard: a `VocabShard`, where each rank of a process group has some rows of the last layer. Hidden states are the
             same on all ranks, and so is their gradient, which is summed over them.
 

@@ -18,8 +18,8 @@ from ..parallel.merge import Part, Whole
 from ..parallel.rows import gradients
 from ..reduction import reduce_rows
 from ..spec import COMPUTE_DTYPE, Reduction, Rows
-from .chunks import Chunk, chunks, not_asked_for, row_loss, without_effect
-from .heads import Head, LinearRows, empty, grads_on_chip, on_chip
+from .chunks import Chunk, asked_for_first, chunks, not_asked_for, row_loss, without_effect
+from .heads import Head, LinearRows, empty, filters, grads_on_chip, on_chip
 
 
 class HeadGrads:
@@ -94,7 +94,7 @@ def loss_and_grads(given: LinearRows, to: Reduction, needs: list[bool]) -> tuple
     inside, divisor = divided(given, backend, to)
     if on_chip(given, backend) and not wanted:
         return summed(row_loss(given, False, None, to.token_weight)[0], rows, to), no_grads(given)
-    if wanted and given.filter_eps > 0 and grads_on_chip(given, backend):  # four products, but two of them of few tiles
+    if wanted and filters(given, backend):  # four products, but two of them of few tiles
         loss, stats, *_ = row_loss(given, False, None, to.token_weight)
         upstream: list[Tensor | None] = [upstream_of(rows, inside), None, None, None]
         return summed(loss, rows, to), row_grads(given, stats, upstream, needs, divisor)
@@ -166,7 +166,9 @@ def row_grads(
         _, weight, bias = given.head
         return backend.head_grad(chunk.rows, chunk.hidden, weight, bias, *args, given.filter_eps)
 
-    return sum_up(given, HeadGrads(given.head, needs, backend.matmul, divisor), write, skipped, not tiled)
+    # Rows that ask for nothing are tiles of their own, which no product takes.
+    order = asked_for_first(given.rows, upstream) if filters(given, backend) else None
+    return sum_up(given, HeadGrads(given.head, needs, backend.matmul, divisor), write, skipped, not tiled, order)
 
 
 def sum_up(
@@ -175,10 +177,11 @@ def sum_up(
     write: Callable[[Chunk], Tiles | None],
     skipped: Tensor | None = None,
     filled: bool = True,
+    order: Tensor | None = None,
 ) -> list[Tensor]:
     """The gradients of a head; `write` puts that of a chunk's logits in their place, where they are unless not
-    `filled`, and may say which tiles of it count."""
-    for chunk in chunks(given, given.backend(), skipped, filled):
+    `filled`, and may say which tiles of it count. With an `order` (N,) chunks take the rows in it."""
+    for chunk in chunks(given, given.backend(), skipped, filled, order):
         grads.add(chunk, write(chunk))
     return grads.result(skipped)
 

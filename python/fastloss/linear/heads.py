@@ -49,14 +49,14 @@ class LinearRows(NamedTuple):
     """Rows whose logits, and with a teacher whose target logits, come from heads. `rows` describes them: in place of
     logits it has one number in their shape. At most `limit` rows' logits exist at once. What a 16-bit weight's
     gradient is summed in may take `block_bytes`, and if it is made of blocks of classes so may the logits of one. What
-    of the logits' gradient is smaller than `filter_eps` may be left out."""
+    of the logits' gradient is smaller than `filter_eps` may be left out; of None, nothing."""
 
     rows: Rows
     head: Head
     teacher: Head | None
     limit: int
     block_bytes: int
-    filter_eps: float = 0.0
+    filter_eps: float | None = None
 
     def materialised(self) -> Rows:
         """The rows with all their logits, for the reference alone."""
@@ -111,6 +111,11 @@ def on_chip(given: LinearRows, backend: Backend) -> bool:
     """Whether losses need no logits in memory."""
     hidden, weight, _ = given.head
     return given.teacher is None and backend.takes_head is not None and backend.takes_head(given.rows, hidden, weight)
+
+
+def filters(given: LinearRows, backend: Backend) -> bool:
+    """Whether tiles of the gradient are left out of its products."""
+    return given.filter_eps is not None and grads_on_chip(given, backend)
 
 
 def grads_on_chip(given: LinearRows, backend: Backend) -> bool:

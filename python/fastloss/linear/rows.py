@@ -30,7 +30,7 @@ from .heads import Head, LinearRows, stand_in
 
 _HEAD = "Tensor hidden, Tensor head_weight, Tensor? head_bias"
 _TEACHER = "Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias"
-_NUMBERS = f"{SPEC_SCHEMA}, int limit, int block_bytes, float filter_eps"
+_NUMBERS = f"{SPEC_SCHEMA}, int limit, int block_bytes, float? filter_eps"
 SCHEMA = f"{_HEAD}, Tensor? target, {_TEACHER}, Tensor? weight, Tensor? probs, {_NUMBERS}"
 library.define(
     f"linear_loss({SCHEMA}, Tensor? token_weight, Tensor? normalizer, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)"

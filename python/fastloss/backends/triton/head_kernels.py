@@ -60,15 +60,18 @@ def product(
 @kernel
 def head_states(
     hidden, hidden_stride: tl.int64, head, head_stride: tl.int64, bias, target, weight, V, N: tl.int64, H, size,
-    ignore_index: tl.int64, label_smoothing: tl.float64, softcap: tl.float64, logit_scale: tl.float64, states, slices,
-    GENERAL: tl.constexpr, EXTRAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    ignore_index: tl.int64, label_smoothing: tl.float64, softcap: tl.float64, logit_scale: tl.float64, order, states,
+    slices, GENERAL: tl.constexpr, EXTRAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
     SLICE: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Grid (N / ROWS, slices). The states of ROWS rows over SLICE classes, COLUMNS at a time, as row_states has them,
-    and the target's logit; H numbers deep, DEPTH at a time."""
+    and the target's logit; H numbers deep, DEPTH at a time. Rows come in an `order` (N,) in which those that are
+    ignored are the last: whole programs of them have nothing to do."""
     F: tl.constexpr = states.dtype.element_ty
     row, slice = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.program_id(1)
     here, begin = row < N, slice * SLICE
+    if order is not None:
+        row = tl.load(order + row, mask=here, other=0)
     y, ignored = label(tl.load(target + row, mask=here, other=ignore_index), V, ignore_index)
     if not EXTRAS:  # noqa: SIM102 - one is known to the compiler, the other is not
         if tl.min(ignored.to(tl.int32), 0) == 1:

@@ -33,6 +33,7 @@ def head_stats(
     loss: Tensor,
     stats: Tensor,
     argmax: Tensor | None,
+    order: Tensor | None,
 ) -> None:
     """As row_stats, of rows whose logits are hidden (N, H) @ head (V, H).T + bias (V,), H contiguous."""
     (N, H), V, extras = hidden.shape, head.shape[0], argmax is not None
@@ -43,7 +44,7 @@ def head_stats(
     with on(hidden):
         head_kernels.head_states[lambda meta: (triton.cdiv(N, meta["ROWS"]), slices)](
             hidden, hidden.stride(0), head, head.stride(0), bias, rows.target, rows.weight, V, N, H, V.bit_length(),
-            ignore_index, eps, cap, scale, states, slices,
+            ignore_index, eps, cap, scale, order, states, slices,
             GENERAL=general, EXTRAS=extras, SLICE=SLICE, VECTOR=vector_of(H, hidden, head), **OPTIONS,
         )  # fmt: skip
     finish(rows, None, states, SLICE, loss, stats, argmax, None)
