@@ -94,11 +94,9 @@ int64_t part_loss(const py::tuple& rows_tuple, int64_t start, int64_t vocab_size
   return part_loss(p, reinterpret_cast<void*>(columns));
 }
 
-double merge_parts(uintptr_t columns, int64_t parts, int64_t stride, int64_t N, int dtype, uintptr_t loss,
-                   uintptr_t stats) {
+double merge_parts(uintptr_t columns, int64_t parts, int64_t stride, int64_t N, int dtype, uintptr_t stats) {
   const Matrix whole = matrix(stats, kStats, N, N, dtype);  // checks the sizes
-  return merge_parts(reinterpret_cast<const char*>(columns), parts, stride, N, whole.dtype,
-                     reinterpret_cast<void*>(loss), whole.data);
+  return merge_parts(reinterpret_cast<const char*>(columns), parts, stride, N, whole.dtype, whole.data);
 }
 
 void part_grad(const py::tuple& rows_tuple, int64_t start, uintptr_t stats, double upstream, uintptr_t grad,
@@ -169,8 +167,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("row_grad", &row_grad);
   m.def("row_loss_grad", &row_loss_grad);
   m.def("part_loss", py::overload_cast<const py::tuple&, int64_t, int64_t, uintptr_t>(&part_loss));
-  m.def("merge_parts",
-        py::overload_cast<uintptr_t, int64_t, int64_t, int64_t, int, uintptr_t, uintptr_t>(&merge_parts));
+  m.def("merge_parts", py::overload_cast<uintptr_t, int64_t, int64_t, int64_t, int, uintptr_t>(&merge_parts));
   m.def("part_grad", py::overload_cast<const py::tuple&, int64_t, uintptr_t, double, uintptr_t, int64_t>(&part_grad));
   m.def("matmul", &matmul);
   m.def("head_loss", &head_loss);

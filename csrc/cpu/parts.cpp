@@ -86,7 +86,7 @@ Whole merge_row(int64_t parts, std::vector<double>& e, Of&& of) {
 }
 
 template <class F>
-double merge_parts_in(const char* columns, int64_t parts, int64_t stride, int64_t N, F* loss, F* stats) {
+double merge_parts_in(const char* columns, int64_t parts, int64_t stride, int64_t N, F* stats) {
   double sum = 0;
   std::vector<double> e(static_cast<size_t>(parts));
   for (int64_t i = 0; i < N; ++i) {
@@ -95,7 +95,6 @@ double merge_parts_in(const char* columns, int64_t parts, int64_t stride, int64_
     });
     const double kept[kStats] = {row.centre, row.log_sum, 0, row.mass, 0};
     for (int k = 0; k < kStats; ++k) stats[k * N + i] = F(kept[k]);
-    loss[i] = F(row.loss);
     sum += row.loss;
   }
   return sum;
@@ -116,11 +115,9 @@ int64_t part_loss(const Part& part, void* columns) {
                                                   : part_loss_in(part, static_cast<float*>(columns));
 }
 
-double merge_parts(const char* columns, int64_t parts, int64_t stride, int64_t N, DType dtype, void* loss,
-                   void* stats) {
-  return dtype == DType::kFloat64
-             ? merge_parts_in(columns, parts, stride, N, static_cast<double*>(loss), static_cast<double*>(stats))
-             : merge_parts_in(columns, parts, stride, N, static_cast<float*>(loss), static_cast<float*>(stats));
+double merge_parts(const char* columns, int64_t parts, int64_t stride, int64_t N, DType dtype, void* stats) {
+  return dtype == DType::kFloat64 ? merge_parts_in(columns, parts, stride, N, static_cast<double*>(stats))
+                                  : merge_parts_in(columns, parts, stride, N, static_cast<float*>(stats));
 }
 
 void part_grad(const Part& part, const void* stats, double upstream, const Matrix& grad) {

@@ -19,8 +19,9 @@ struct Part {
 // Returns how many rows count.
 int64_t part_loss(const Part& part, void* columns);
 
-// From the columns of all parts, `stride` bytes apart: losses and statistics of the whole; returns the summed loss.
-double merge_parts(const char* columns, int64_t parts, int64_t stride, int64_t N, DType dtype, void* loss, void* stats);
+// From the columns of all parts, `stride` bytes apart: the statistics (kStats, N) of the whole; returns the summed
+// loss.
+double merge_parts(const char* columns, int64_t parts, int64_t stride, int64_t N, DType dtype, void* stats);
 
 // The gradient of the part's logits, `upstream` times that of every row's loss.
 void part_grad(const Part& part, const void* stats, double upstream, const Matrix& grad);

@@ -266,11 +266,10 @@ def part_loss(rows: Rows, start: int, vocab_size: int, columns: Tensor) -> int:
 def merge_parts(everyone: Tensor, first: int, N: int, dtype: torch.dtype) -> tuple[float, Tensor]:
     """The summed loss and the statistics (5, N) of whole rows, from bytes (R, B) of which those from `first` on are
     each part's columns."""
-    out = torch.empty((6, N), dtype=dtype)
+    stats = torch.empty((5, N), dtype=dtype)
     parts, stride = everyone.shape
-    loss, stats = out.data_ptr(), out.data_ptr() + N * dtype.itemsize
-    code = DTYPE_CODES[dtype]
-    return _native.merge_parts(everyone.data_ptr() + first, parts, stride, N, code, loss, stats), out[1:]
+    columns, code = everyone.data_ptr() + first, DTYPE_CODES[dtype]
+    return _native.merge_parts(columns, parts, stride, N, code, stats.data_ptr()), stats
 
 
 def part_grad(rows: Rows, start: int, stats: Tensor, upstream: float, out: Tensor) -> None:
