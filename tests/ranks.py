@@ -10,10 +10,14 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch import Tensor
+
+from fastloss.parallel import shard as sharding
 
 _SECONDS = 60  # after which a collective that not all ranks reach is an error
 
@@ -54,6 +58,20 @@ def _serve(rank: int, size: int, store: str, pipe: Connection) -> None:
         except Exception as error:
             pipe.send((False, (error, traceback.format_exc())))
     dist.destroy_process_group()
+
+
+@contextmanager
+def gathers() -> Iterator[list[int]]:
+    """Bytes that this rank puts into each all-gather of a loss."""
+    seen: list[int] = []
+    gather = sharding.all_gather
+
+    def count(out: Tensor, x: Tensor, **more: Any) -> Any:
+        seen.append(x.nbytes)
+        return gather(out, x, **more)
+
+    with patch.object(sharding, "all_gather", count):
+        yield seen
 
 
 @contextmanager

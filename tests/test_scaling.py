@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import ranks
+from ranks import gathers, ranks
 from torch.distributed.tensor.debug import CommDebugMode
 
 import fastloss
 from fastloss import VocabShard
-from fastloss.parallel import shard as sharding
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
@@ -44,14 +43,8 @@ def two():
 
 def gathered(name: str, N: int) -> list[int]:
     """Bytes that this rank puts into each all-gather of a loss."""
-    seen: list[int] = []
-    gather = sharding.all_gather
-    sharding.all_gather = lambda out, x, **kw: (seen.append(x.nbytes), gather(out, x, **kw))
-    try:
-        with CommDebugMode() as mode:
-            CALLS[name](torch.zeros(N, V // 2), torch.zeros(N, dtype=torch.int64), VocabShard.even(V))
-    finally:
-        sharding.all_gather = gather
+    with gathers() as seen, CommDebugMode() as mode:
+        CALLS[name](torch.zeros(N, V // 2), torch.zeros(N, dtype=torch.int64), VocabShard.even(V))
     assert mode.get_total_counts() == len(seen)
     return seen
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from ranks import ranks
+from ranks import gathers, ranks
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -18,7 +19,6 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 import fastloss
 from fastloss import VocabShard
-from fastloss.parallel import shard as sharding
 
 N, V, H = 6, 103, 16
 
@@ -66,26 +66,17 @@ def counted(function: str, shape: int, **options: Any) -> tuple[int, int, int]:
     if "div" not in function:
         tensors.append(classes())
     loss_of = getattr(fastloss, function)
-    gathered: list[int] = []
     summed: list[int] = []
-    gather, all_reduce = sharding.all_gather, dist.all_reduce
-
-    def count_gather(out: Tensor, x: Tensor, **more: Any) -> Any:
-        gathered.append(x.nbytes)
-        return gather(out, x, **more)
+    all_reduce = dist.all_reduce
 
     def count_sum(x: Tensor, *args: Any, **more: Any) -> Any:
         summed.append(x.nbytes)
         return all_reduce(x, *args, **more)
 
-    sharding.all_gather, dist.all_reduce = count_gather, count_sum
-    try:
-        with CommDebugMode() as mode:
-            loss = loss_of(*tensors, shard=shard, **options)
-            forward = len(gathered), len(summed)
-            loss.backward()
-    finally:
-        sharding.all_gather, dist.all_reduce = gather, all_reduce
+    with gathers() as gathered, patch.object(dist, "all_reduce", count_sum), CommDebugMode() as mode:
+        loss = loss_of(*tensors, shard=shard, **options)
+        forward = len(gathered), len(summed)
+        loss.backward()
     assert not forward[1]
     if not function.startswith("linear"):  # what happens inside an operator the mode does not see
         assert mode.get_total_counts() == len(gathered) + len(summed)
@@ -113,18 +104,10 @@ def plainly(empty: bool) -> tuple[int, int]:
     V, N = 7, 4
     shard = VocabShard(*((0, V) if dist.get_rank() == 0 else (V, V)), V) if empty else VocabShard.even(V)
     x, y = numbers(N, V).detach(), torch.tensor([0, -100, 6, 3])
-    own, gathered, gather = mine(x, shard).detach().requires_grad_(), [], sharding.all_gather
-
-    def count(out: Tensor, x: Tensor, **more: Any) -> Any:
-        gathered.append(x.nbytes)
-        return gather(out, x, **more)
-
-    sharding.all_gather = count
-    try:
+    own = mine(x, shard).detach().requires_grad_()
+    with gathers() as gathered:
         loss = fastloss.cross_entropy(own, y, shard=shard)
         loss.backward()
-    finally:
-        sharding.all_gather = gather
     whole = x.clone().requires_grad_()
     want = F.cross_entropy(whole, y)
     want.backward()

@@ -7,7 +7,7 @@
 namespace fastloss {
 
 // What a part says of its rows: vectors (N,) of the compute type, one after another, as merge.py's fields.
-enum PartColumn { kPartCentre, kPartLogSum, kPartMass, kPartLoss, kPartColumns };
+enum PartColumn { kPartCentre, kPartLogSum, kPartMass, kPartLoss };
 
 // Rows whose class indices count from the first class of all, of which the part begins at `start`. No class weights,
 // smoothing, or z-loss.

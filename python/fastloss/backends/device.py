@@ -133,14 +133,14 @@ def head_loss(
     loss, stats, argmax = new(N, dtype=F), new((STATS, N), dtype=F), new(N if extras else 0, dtype=torch.int64)
     if N:
         # Tiles of a product hold either rows that count or rows that are ignored, of which there are no logits.
-        order = None if extras else last(rows.target == rows.spec.ignore_index)
+        order = None if extras else set_first(rows.target != rows.spec.ignore_index)
         kernels.head_stats(*given, loss, stats, argmax if extras else None, order)
     return loss, stats, argmax, new((N, 0), dtype=F)
 
 
-def last(these: Tensor) -> Tensor:
-    """The order (N,) of rows in which these (N,) are the last; nothing is waited for."""
-    return these.to(torch.int8).argsort(stable=True)
+def set_first(flags: Tensor) -> Tensor:
+    """The order along the last dimension in which those that are set come first; nothing is waited for."""
+    return flags.to(torch.int8).argsort(descending=True, stable=True)
 
 
 def _readable_head(

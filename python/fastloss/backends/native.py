@@ -253,7 +253,7 @@ def row_loss_grad(
 
 # ---- rows of which other ranks have other classes: csrc/cpu/parts.h --------------------------------------------------
 
-PART_COLUMNS = 4
+PART_COLUMNS = 4  # PartColumn
 
 
 def part_loss(rows: Rows, start: int, vocab_size: int, columns: Tensor) -> int:

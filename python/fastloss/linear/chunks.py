@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..arguments import check_indices
 from ..backends import Backend
-from ..backends.device import last
+from ..backends.device import set_first
 from ..reduction import valid_rows
 from ..spec import Rows
 from .heads import Head, LinearRows, empty, on_chip
@@ -104,16 +104,18 @@ def _with_effect(rows: Rows, token_weight: Tensor | None) -> Tensor | None:
 
 def not_asked_for(rows: Rows, upstream: Sequence[Tensor | None]) -> Tensor | None:
     """Those without effect for upstream gradients (N,) of losses and, of all rows, other statistics."""
-    others = any(g is not None for g in upstream[1:])
-    return None if others else without_effect(rows, upstream[0])
+    return without_effect(rows, upstream[0]) if _of_losses_alone(upstream) else None
 
 
 def asked_for_first(rows: Rows, upstream: Sequence[Tensor | None]) -> Tensor | None:
     """An order (N,) of rows in which those without effect come last, as `not_asked_for`, but for devices, where their
     number is not known; None where all have."""
-    others = any(g is not None for g in upstream[1:])
-    effect = None if others else _with_effect(rows, upstream[0])
-    return None if effect is None else last(~effect)
+    effect = _with_effect(rows, upstream[0]) if _of_losses_alone(upstream) else None
+    return None if effect is None else set_first(effect)
+
+
+def _of_losses_alone(upstream: Sequence[Tensor | None]) -> bool:
+    return all(g is None for g in upstream[1:])
 
 
 def row_loss(

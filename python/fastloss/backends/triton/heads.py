@@ -8,7 +8,7 @@ import triton
 from torch import Tensor
 
 from ...spec import Objective, Rows
-from ..device import Tiles, Upstream
+from ..device import Tiles, Upstream, set_first
 from . import head_kernels
 from .row_kernels import STATE
 from .rows import OPTIONS, finish, is_general, on, strided, vector_of
@@ -84,7 +84,7 @@ def kept_product(grad: Tensor, tiles: Tiles, other: Tensor, out: Tensor, add: bo
     (M, K), H = grad.shape, other.shape[1]
     kept = tiles.kept.contiguous()
     counts = kept.sum(1, dtype=torch.int32)
-    order = kept.argsort(dim=1, descending=True, stable=True).to(torch.int32)
+    order = set_first(kept).to(torch.int32)
     height, deep = tiles.size
     lines = grad.t() if tiles.transposed else grad
     V = lines.shape[1]
