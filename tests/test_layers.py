@@ -12,12 +12,13 @@ import fastloss
 PACKAGE = Path(fastloss.__file__).parent
 # A module may import those of lower layers, and its own layer's submodules.
 LAYERS = [
-    {"spec"},
+    {"spec", "saved"},
     {"arguments"},
     {"reduction"},
     {"backends"},
     {"rows"},
     {"parallel"},
+    {"public"},
     {"evaluate"},
     {"losses", "divergences", "topk", "logprobs"},
     {"linear"},

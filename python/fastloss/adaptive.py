@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .public import public
+
 _KINDS = ("regression", "classification")
 
 
+@public
 def robust_loss(input: Tensor, alpha: Tensor | float, scale: Tensor | float = 1.0) -> Tensor:
     r"""``abs(alpha - 2) / alpha * (((input / scale) ** 2 / abs(alpha - 2) + 1) ** (alpha / 2) - 1)``
 
@@ -63,6 +67,7 @@ class AdaptiveLoss(torch.nn.Module):
         alpha_range: the shape stays between these, within [0, 2]; where both are the same it is not learned.
         least_scale: > 0. `learn_scale`: whether the scale is learned.
         reduction: "none", "mean" or "sum".
+        device: of the parameters; None is the default device.
 
     Shape: (..., D) -> scalar, or (..., D) with reduction="none".
     """
@@ -77,6 +82,7 @@ class AdaptiveLoss(torch.nn.Module):
         least_scale: float = 1e-5,
         learn_scale: bool = True,
         reduction: str = "mean",
+        device: Any = None,
     ) -> None:
         super().__init__()
         low, high = alpha_range
@@ -89,9 +95,9 @@ class AdaptiveLoss(torch.nn.Module):
         self.alpha_range, self.least_scale, self.reduction = (low, high), least_scale, reduction
         inside = 0.0 if low == high else min(max((alpha - low) / (high - low), 1e-6), 1 - 1e-6)
         latent = 0.0 if low == high else math.log(inside / (1 - inside))
-        self.latent_alpha = torch.nn.Parameter(torch.full((dims,), latent), requires_grad=low < high)
+        self.latent_alpha = torch.nn.Parameter(torch.full((dims,), latent, device=device), requires_grad=low < high)
         excess = math.log(math.expm1(scale - least_scale)) if scale - least_scale < 30 else scale - least_scale
-        self.latent_scale = torch.nn.Parameter(torch.full((dims,), excess), requires_grad=learn_scale)
+        self.latent_scale = torch.nn.Parameter(torch.full((dims,), excess, device=device), requires_grad=learn_scale)
 
     @property
     def alpha(self) -> Tensor:
@@ -122,23 +128,24 @@ class UncertaintyWeighting(torch.nn.Module):
 
     Args:
         kinds: of each loss, "regression" or "classification".
+        device: of the parameters; None is the default device.
 
     Shape: as many scalars as kinds -> scalar.
     """
 
-    def __init__(self, kinds: Sequence[str]) -> None:
+    def __init__(self, kinds: Sequence[str], device: Any = None) -> None:
         super().__init__()
         for kind in kinds:
             if kind not in _KINDS:
                 raise ValueError(f"kinds: expected {' or '.join(map(repr, _KINDS))} for each loss, got {kind!r}")
         self.kinds = tuple(kinds)
-        self.log_variance = torch.nn.Parameter(torch.zeros(len(self.kinds)))
+        self.log_variance = torch.nn.Parameter(torch.zeros(len(self.kinds), device=device))
 
     def forward(self, *losses: Tensor) -> Tensor:
         """The losses, in the order of `kinds`."""
         if len(losses) != len(self.kinds):
             raise ValueError(f"losses: expected {len(self.kinds)}, one for each kind, got {len(losses)}")
-        shares = torch.tensor([0.5 if kind == "regression" else 1.0 for kind in self.kinds])
         s = self.log_variance
+        shares = s.new_tensor([0.5 if kind == "regression" else 1.0 for kind in self.kinds])
         stacked = torch.stack([loss.to(s.dtype) for loss in losses])
-        return (shares.to(s) * torch.exp(-s) * stacked + 0.5 * s).sum()
+        return (shares * torch.exp(-s) * stacked + 0.5 * s).sum()

@@ -10,7 +10,8 @@ import math
 import torch
 from torch import Tensor
 
-from .spec import COMPUTE_DTYPE, Reduction, Spec
+from .saved import savable
+from .spec import COMPUTE_DTYPE, NUMBERS, Reduction, Spec
 
 _INDEX_DTYPES = (torch.int64, torch.int32, torch.uint8)
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -83,7 +84,7 @@ def _check_index_shape(input: Tensor, target: Tensor) -> None:
 def as_class_weights(weight: Tensor, input: Tensor, target: Tensor, classes: int, spec: Spec, reduction: str) -> Tensor:
     """Class weights as (V,): one per class, and of the logits' dtype where torch demands it; target as in as_rows."""
     if not isinstance(weight, Tensor):
-        raise TypeError(f"cross_entropy(): argument 'weight' (position 3) must be Tensor, not {type(weight).__name__}")
+        raise TypeError(f"argument 'weight' (position 3) must be Tensor, not {type(weight).__name__}")
     soft = target.is_floating_point()
     # With class indices for logits of 3 or more dimensions torch only counts the weights.
     takes_any_shape = not soft and input.dim() > 2
@@ -92,8 +93,6 @@ def as_class_weights(weight: Tensor, input: Tensor, target: Tensor, classes: int
             f"weight tensor should be defined either for all {classes} classes or no classes but got weight tensor of "
             f"shape: {list(weight.shape)}"
         )
-    if weight.device != input.device:
-        raise RuntimeError(f"weight: expected a tensor on {input.device}, got one on {weight.device}")
     if not soft and weight.dtype != input.dtype and not _under_autocast(input):
         raise RuntimeError(f"weight: expected scalar type of input, {input.dtype}, but found {weight.dtype}")
     if weight.dim() == 1:
@@ -111,17 +110,18 @@ def _check_smoothed_weight(weight: Tensor, target: Tensor, classes: int, spec: S
         )
 
 
-def check_token_weight(token_weight: Tensor, rows: Tensor, shape: torch.Size) -> Tensor:
-    """Weights of the rows (N, V), of targets of `shape`, as (N,) in the compute dtype."""
+def check_token_weight(token_weight: Tensor, logits: Tensor, shape: torch.Size) -> Tensor:
+    """Weights of the rows of these logits, of targets of `shape`, as (N,) in the compute dtype. Masks and counts are
+    weights too: bool and integers."""
     if not isinstance(token_weight, Tensor):
-        raise TypeError(f"cross_entropy(): argument 'token_weight' must be Tensor, not {type(token_weight).__name__}")
-    if token_weight.shape != shape and tuple(token_weight.shape) != (rows.shape[0],):
+        raise TypeError(f"argument 'token_weight' must be Tensor, not {type(token_weight).__name__}")
+    if token_weight.shape != shape and token_weight.shape != (math.prod(shape),):
         raise ValueError(
             f"token_weight: expected shape {tuple(shape)} (one weight per target), got {tuple(token_weight.shape)}"
         )
-    if token_weight.device != rows.device:
-        raise RuntimeError(f"token_weight: expected a tensor on {rows.device}, got one on {token_weight.device}")
-    return token_weight.reshape(-1).to(COMPUTE_DTYPE[rows.dtype])
+    if token_weight.is_complex():
+        raise RuntimeError(f"token_weight: expected real numbers, got {token_weight.dtype}")
+    return savable(token_weight).reshape(-1).to(COMPUTE_DTYPE[logits.dtype])
 
 
 def as_normalizer(normalizer: Tensor | float, like: Tensor, reduction: str) -> Tensor:
@@ -132,10 +132,12 @@ def as_normalizer(normalizer: Tensor | float, like: Tensor, reduction: str) -> T
     if isinstance(normalizer, Tensor):
         if normalizer.numel() != 1:
             raise ValueError(f"normalizer: expected a number or a tensor of one element, got {tuple(normalizer.shape)}")
-        return normalizer.reshape(()).to(device=like.device, dtype=dtype, non_blocking=True)
-    if not isinstance(normalizer, (int, float)):
+        return savable(normalizer).reshape(()).to(device=like.device, dtype=dtype, non_blocking=True)
+    if not isinstance(normalizer, NUMBERS):
         raise TypeError(f"normalizer: expected a number or a Tensor, got {type(normalizer).__name__}")
-    return torch.full((), normalizer, dtype=dtype, device=like.device)
+    # NumPy's numbers are no scalars to torch in every dtype: float16, and unsigned integers.
+    number = normalizer if isinstance(normalizer, (int, float, torch.SymInt, torch.SymFloat)) else float(normalizer)
+    return torch.full((), number, dtype=dtype, device=like.device)
 
 
 def classes_last(input: Tensor, name: str = "input") -> Tensor:
@@ -175,8 +177,6 @@ def check_linear(input: Tensor, weight: Tensor, bias: Tensor | None, prefix: str
                 f"{prefix}{name}: expected a strided tensor in float32, bfloat16, float16 or float64, got "
                 f"{value.dtype} {value.layout}"
             )
-        if value.device != input.device:
-            raise RuntimeError(f"{prefix}{name}: expected a tensor on {input.device}, got one on {value.device}")
         if type(value) in _PLAIN and not torch.compiler.is_compiling() and _is_freed(value):
             raise RuntimeError(
                 f"{prefix}{name}: expected its numbers, got a tensor whose memory was freed, as FSDP frees a weight "
@@ -234,8 +234,6 @@ def beside(tensor: Tensor, name: str, input: Tensor, shape: torch.Size, integral
         raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
     if tensor.shape != shape:
         raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}")
-    if tensor.device != input.device:
-        raise RuntimeError(f"{name}: expected a tensor on {input.device} like input, got one on {tensor.device}")
     if tensor.dtype not in _INDEX_DTYPES if integral else not tensor.is_floating_point():
         kind = "class indices in int64, int32 or uint8" if integral else "floating point numbers"
         raise RuntimeError(f"{name}: expected {kind}, got {tensor.dtype}")
@@ -255,7 +253,7 @@ def as_reduction(
     if reduction not in kinds:
         raise ValueError(f"reduction: expected one of {', '.join(kinds)}, got {reduction!r}")
     shape, dtype = input.shape[:-1], COMPUTE_DTYPE[input.dtype]
-    weights = None if token_weight is None else beside(token_weight, "token_weight", input, shape).reshape(-1).to(dtype)
+    weights = None if token_weight is None else check_token_weight(token_weight, input, shape)
     if mask is not None:
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != shape:
             got = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__

@@ -10,8 +10,11 @@ from .linear import MAX_CHUNK_BYTES, linear_cross_entropy
 from .losses import cross_entropy
 from .parallel import VocabShard
 from .parallel.batch import all_rows
+from .public import public
+from .saved import savable
 
 
+@public
 def info_nce(
     query: Tensor,
     key: Tensor,
@@ -58,7 +61,7 @@ def info_nce(
 
     def similarities(rows: Tensor, classes: Tensor) -> Tensor:
         logits = (rows if shard is None else all_rows(rows, shard, False)) @ classes.T
-        return logits / temperature if isinstance(temperature, Tensor) else logits
+        return logits / savable(temperature) if isinstance(temperature, Tensor) else logits
 
     def loss(logits: Tensor) -> Tensor:
         return cross_entropy(
@@ -78,6 +81,7 @@ def info_nce(
     return (loss(logits) + loss(logits.T if shard is None else similarities(key, query))) / 2
 
 
+@public
 def linear_info_nce(
     query: Tensor,
     key: Tensor,
@@ -103,8 +107,9 @@ def linear_info_nce(
     """
     query, key, negatives, scale = _pairs(query, key, negatives, temperature, symmetric, normalize, shard)
     if isinstance(temperature, Tensor):  # which may be learned: over the keys, it reaches every similarity
-        key = (key / temperature).to(key.dtype)
-        negatives = None if negatives is None else (negatives / temperature).to(key.dtype)
+        divisor = savable(temperature)
+        key = (key / divisor).to(key.dtype)
+        negatives = None if negatives is None else (negatives / divisor).to(key.dtype)
     labels, weights = _of_batch(query, token_weight, shard)
 
     def loss(rows: Tensor, classes: Tensor) -> Tensor:

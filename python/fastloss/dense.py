@@ -14,9 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import _reduction as _legacy
 
+from .public import public
+
 _SPARSE = (torch.sparse_coo, torch.sparse_csr)
 
 
+@public
 def kl_div(
     input: Tensor,
     target: Tensor,
@@ -33,6 +36,7 @@ def kl_div(
     return F.kl_div(input, target, size_average, reduce, reduction, log_target)
 
 
+@public
 def mse_loss(
     input: Tensor,
     target: Tensor,
@@ -58,6 +62,7 @@ def mse_loss(
     return _elementwise(F.mse_loss, torch.square, input, target, size_average, reduce, reduction, weight)
 
 
+@public
 def l1_loss(
     input: Tensor,
     target: Tensor,
@@ -74,6 +79,7 @@ def l1_loss(
     return _elementwise(F.l1_loss, torch.abs, input, target, size_average, reduce, reduction, weight)
 
 
+@public
 def binary_cross_entropy_with_logits(
     input: Tensor,
     target: Tensor,

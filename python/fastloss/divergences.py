@@ -9,14 +9,15 @@ from torch import Tensor
 
 from . import arguments
 from .evaluate import reduced_loss
-from .parallel import VocabShard, takes_dtensors
+from .parallel import VocabShard
+from .public import public_loss
 from .spec import Objective, Rows, make_spec
 
 _DIRECTIONS = {"forward": Objective.FORWARD_KL, "reverse": Objective.REVERSE_KL}
 KL_REDUCTIONS = ("none", "mean", "batchmean", "sum")
 
 
-@takes_dtensors
+@public_loss
 def kl_div_with_logits(
     input: Tensor,
     target_logits: Tensor,
@@ -79,7 +80,7 @@ def objective_of(direction: str) -> Objective:
     return _DIRECTIONS[direction]
 
 
-@takes_dtensors
+@public_loss
 def js_div_with_logits(
     input: Tensor,
     target_logits: Tensor,

@@ -161,9 +161,9 @@ def _errors(dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
     """Largest error of loss and gradient over their largest value; odd sizes, an ignored row, masked classes."""
     generator = torch.Generator().manual_seed(0)
     N, V = 37, 3001
-    x = (torch.randn(N, V, generator=generator, dtype=torch.float64) * 4).to(dtype)
+    x = (torch.randn(N, V, generator=generator, dtype=torch.float64, device=generator.device) * 4).to(dtype)
     x[:, -7:] = -torch.inf
-    target = torch.randint(0, V - 7, (N,), generator=generator)
+    target = torch.randint(0, V - 7, (N,), generator=generator, device=generator.device)
     target[3] = -100
 
     x, target = x.to(device), target.to(device)

@@ -6,7 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .public import public
 
+
+@public
 def cosine_embedding_loss(
     input1: Tensor,
     input2: Tensor,
@@ -23,6 +26,7 @@ def cosine_embedding_loss(
     return F.cosine_embedding_loss(input1, input2, target, margin, size_average, reduce, reduction)
 
 
+@public
 def cosine_similarity_loss(
     input: Tensor, target: Tensor, *, dim: int = -1, eps: float = 1e-8, reduction: str = "mean"
 ) -> Tensor:
@@ -38,6 +42,7 @@ def cosine_similarity_loss(
     return _reduced(1 - F.cosine_similarity(input, target, dim, eps), reduction)
 
 
+@public
 def triplet_margin_loss(
     anchor: Tensor,
     positive: Tensor,
@@ -57,6 +62,7 @@ def triplet_margin_loss(
     return F.triplet_margin_loss(anchor, positive, negative, margin, p, eps, swap, size_average, reduce, reduction)
 
 
+@public
 def gaussian_kl(
     mean: Tensor,
     log_var: Tensor,

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from . import arguments, rows
 from .evaluate import needs_reference, row_losses
-from .parallel import VocabShard, takes_dtensors
+from .parallel import VocabShard
 from .parallel import rows as sharded
+from .public import public_loss
 from .rows import RowLoss
 from .spec import COMPUTE_DTYPE, Objective, Rows, make_spec
 
@@ -28,7 +29,7 @@ class RowStats(NamedTuple):
     rank: Tensor | None
 
 
-@takes_dtensors
+@public_loss
 def row_stats(
     input: Tensor,
     target: Tensor | None = None,
@@ -81,7 +82,7 @@ def row_stats(
     return RowStats(lse, log_prob + lse, log_prob, entropy, argmax, rank)
 
 
-@takes_dtensors
+@public_loss
 def softmax_entropy(
     input: Tensor,
     *,
@@ -132,7 +133,7 @@ def selective_log_softmax(
 ) -> tuple[Tensor, Tensor]: ...
 
 
-@takes_dtensors
+@public_loss
 def selective_log_softmax(
     input: Tensor,
     index: Tensor,

@@ -7,11 +7,11 @@ from typing import Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 from torch.nn import _reduction as _legacy
-from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import arguments
 from .evaluate import reduced_loss, row_losses
-from .parallel import VocabShard, takes_dtensors
+from .parallel import VocabShard
+from .public import public_loss
 from .reduction import reduce_rows, valid_rows
 from .rows import RowLoss
 from .spec import REDUCTIONS, Objective, Reduction, Rows, make_spec
@@ -78,7 +78,7 @@ def cross_entropy(
 ) -> tuple[Tensor, CrossEntropyStats]: ...
 
 
-@takes_dtensors
+@public_loss
 def cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -140,37 +140,13 @@ def cross_entropy(
     >>> cross_entropy(logits, labels)
     tensor(1.3863)
     """
-    if has_torch_function_variadic(input, target, weight):
-        return handle_torch_function(
-            cross_entropy,  # type: ignore[arg-type]
-            (input, target, weight),
-            input,
-            target,
-            weight,
-            size_average,
-            ignore_index,
-            reduce,
-            reduction,
-            label_smoothing,
-            z_loss=z_loss,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            token_weight=token_weight,
-            normalizer=normalizer,
-            out_dtype=out_dtype,
-            inplace=inplace,
-            return_stats=return_stats,
-            shard=shard,
-        )
     if size_average is not None or reduce is not None:
         reduction = _legacy.legacy_get_string(size_average, reduce)
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: {reduction!r} is not a valid value for reduction ('none', 'mean' or 'sum')")
     if not (isinstance(input, Tensor) and isinstance(target, Tensor)):
         name, value = ("target", target) if isinstance(input, Tensor) else ("input", input)
-        raise TypeError(f"cross_entropy(): argument '{name}' must be Tensor, not {type(value).__name__}")
-    if input.device != target.device:
-        raise RuntimeError(f"target: expected a tensor on {input.device} like input, got one on {target.device}")
+        raise TypeError(f"argument '{name}' must be Tensor, not {type(value).__name__}")
     objective = Objective.PROBS if target.is_floating_point() else Objective.INDEX
     spec = make_spec(ignore_index, label_smoothing, z_loss, softcap, logit_scale, objective)
     x, y = arguments.as_rows(input, target, spec.ignore_index)

@@ -8,12 +8,13 @@ from torch import Tensor
 
 from . import arguments
 from .evaluate import row_losses
-from .parallel import VocabShard, takes_dtensors
+from .parallel import VocabShard
+from .public import public_loss
 from .reduction import reduce_rows
 from .spec import Objective, Rows, make_spec
 
 
-@takes_dtensors
+@public_loss
 def pointer_generator_nll(
     input: Tensor,
     gate_logit: Tensor,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .backends import Backend, choose, reference
 from .reduction import reduce_rows
+from .saved import save, saved
 from .spec import COMPUTE_DTYPE, Objective, Reduction, Rows, Spec
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
@@ -84,10 +85,12 @@ def _(input: Tensor, *rest: Any) -> Tensor:
     return input.new_empty(input.shape)
 
 
-def eager(input: Tensor) -> bool:
-    """Whether a plain tensor meets no tracing and no dispatch mode: then the backend is called without the dispatcher,
-    which costs more than the rest of a small call."""
-    return not _is_compiling() and type(input) in _PLAIN_TYPES and _mode_depth() == 0
+def eager(rows: Rows, *vectors: Tensor | None) -> bool:
+    """Whether plain tensors meet no tracing and no dispatch mode: then the backend is called without the dispatcher,
+    which costs more than the rest of a small call. A wrapper subclass has no address, and is the dispatcher's."""
+    if _is_compiling() or _mode_depth():
+        return False
+    return all(t is None or type(t) in _PLAIN_TYPES for t in (rows[0], rows[1], rows[2], rows[4], *vectors))
 
 
 class RowLoss(NamedTuple):
@@ -118,7 +121,7 @@ class PerRow(torch.autograd.Function):
         inplace: bool,
     ) -> Any:
         loss, stats, argmax, rank = call_row_loss(Rows(input, target, weight, spec, probs), extras)
-        ctx.save_for_backward(input, target, weight, probs, stats)
+        save(ctx, input, target, weight, probs, stats)
         ctx.spec, ctx.inplace = spec, inplace
         if not extras:
             return loss
@@ -128,7 +131,7 @@ class PerRow(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> Any:
-        input, target, weight, probs, stats = ctx.saved_tensors
+        input, target, weight, probs, stats = saved(ctx)
         rows = Rows(input, target, weight, ctx.spec, probs)
         four: list[Tensor | None] = [*upstream, None, None, None][:4]
         nothing = [None] * 6
@@ -147,14 +150,14 @@ def call_row_loss(rows: Rows, extras: bool, whole: Tensor | None = None) -> tupl
     """Losses, statistics, argmax and rank, through the dispatcher only where someone listens there. `whole`: see
     native.row_loss."""
     given = () if whole is None else (whole,)
-    if eager(rows.input):
+    if eager(rows):
         return choose(rows).row_loss(rows, extras, *given)
     return torch.ops.fastloss.row_loss(*_flat(rows), extras, *given)
 
 
 def call_row_grad(rows: Rows, stats: Tensor, upstream: list[Tensor | None], out: Tensor | None = None) -> Tensor:
     """The gradient from the statistics, likewise."""
-    if eager(rows.input):
+    if eager(rows):
         return choose(rows).row_grad(rows, stats, upstream, out)
     return torch.ops.fastloss.row_grad(*_flat(rows), stats, upstream)
 
@@ -174,7 +177,7 @@ class Selected(torch.autograd.Function):
         none = input.new_zeros(index.shape, dtype=COMPUTE_DTYPE[input.dtype])
         rows = Rows(input, index, None, spec, none)
         _, stats, *_ = call_row_loss(rows, extras)
-        ctx.save_for_backward(input, index, stats)
+        save(ctx, input, index, stats)
         ctx.spec = spec
         ctx.set_materialize_grads(False)
         listed = input.gather(1, torch.where(index == spec.ignore_index, 0, index))
@@ -183,7 +186,7 @@ class Selected(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> Any:
-        input, index, stats = ctx.saved_tensors
+        input, index, stats = saved(ctx)
         chosen, entropy = upstream
         if not _is_compiling() and any(map(needs_formula, upstream)):
             outputs = lambda: reference.selected(input, index, ctx.spec)  # noqa: E731
@@ -239,8 +242,8 @@ class Reduced(torch.autograd.Function):
             _tell_overwritten(input)
         ctx.state = [grad, stats, expected, backend, inplace]
         ctx.spec, ctx.reduction = rows.spec, (to.kind, to.dtype)
-        saved = None if inplace else input
-        ctx.save_for_backward(saved, rows.target, rows.weight, rows.probs, to.token_weight, to.normalizer)
+        kept = None if inplace else input
+        save(ctx, kept, rows.target, rows.weight, rows.probs, to.token_weight, to.normalizer)
         return loss
 
     @staticmethod
@@ -270,7 +273,7 @@ def _remembered(upstream: float) -> float:
 
 def _saved(ctx: Any) -> tuple[Rows, Reduction]:
     """What `Reduced` saved, as the records they were."""
-    input, target, weight, probs, token_weight, normalizer = ctx.saved_tensors
+    input, target, weight, probs, token_weight, normalizer = saved(ctx)
     kind, dtype = ctx.reduction
     return Rows(input, target, weight, ctx.spec, probs), Reduction(kind, token_weight, normalizer, dtype)
 
@@ -333,7 +336,7 @@ def _refuse_inplace_twice(misused: bool) -> None:
 
 def reduced(rows: Rows, to: Reduction, inplace: bool = False) -> Tensor | None:
     """The mean or summed loss in one pass; None where only `per_row` will do."""
-    if not eager(rows.input):
+    if not eager(rows, to.token_weight, to.normalizer):
         return None
     backend = choose(rows)
     if backend.row_loss_grad is None:

@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-_NUMBERS: tuple[type, ...] = (float, int, torch.SymFloat, torch.SymInt)
+NUMBERS: tuple[type, ...] = (float, int, torch.SymFloat, torch.SymInt)
 try:
     import numpy
 except ImportError:  # torch works without it
     pass
 else:
-    _NUMBERS += (numpy.number, numpy.bool_)
+    NUMBERS += (numpy.number, numpy.bool_)
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 COMPUTE_DTYPE = {
@@ -117,7 +117,7 @@ def _integer(name: str, value: Any) -> int:
             return operator.index(value)
         except TypeError:
             pass
-    raise TypeError(f"cross_entropy(): argument '{name}' must be int, not {type(value).__name__}")
+    raise TypeError(f"argument '{name}' must be int, not {type(value).__name__}")
 
 
 def _real(name: str, value: Any) -> float:
@@ -125,9 +125,9 @@ def _real(name: str, value: Any) -> float:
     if isinstance(value, torch.Tensor):
         number = value.dim() == 0 and not value.requires_grad
     else:
-        number = isinstance(value, _NUMBERS)
+        number = isinstance(value, NUMBERS)
     if not number:
-        raise TypeError(f"cross_entropy(): argument '{name}' must be float, not {type(value).__name__}")
+        raise TypeError(f"argument '{name}' must be float, not {type(value).__name__}")
     return float(value)
 
 

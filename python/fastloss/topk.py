@@ -12,14 +12,15 @@ from torch import Tensor
 from . import arguments
 from .backends import reference
 from .evaluate import reduced_loss
-from .parallel import VocabShard, takes_dtensors
+from .parallel import VocabShard
+from .public import public_loss
 from .reduction import reduce_rows
 from .spec import Objective, Reduction, Rows, make_spec
 
 _TAILS = {"ignore": Objective.TOPK, "lump": Objective.TOPK_TAIL}
 
 
-@takes_dtensors
+@public_loss
 def topk_cross_entropy(
     input: Tensor,
     indices: Tensor,
@@ -76,7 +77,7 @@ def topk_cross_entropy(
     return loss.reshape(input.shape[:-1]) if reduction == "none" else loss
 
 
-@takes_dtensors
+@public_loss
 def topk_kl_div(
     input: Tensor,
     indices: Tensor,

@@ -56,7 +56,7 @@ def empty_grad(input: Tensor) -> tuple[Tensor, bool]:
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """An uninitialised tensor, in recycled memory where it is large."""
     small = _native is None or math.prod(shape) * dtype.itemsize < _RECYCLE_BYTES
-    return torch.empty(shape, dtype=dtype) if small else _from_buffer(shape, dtype)[0]
+    return torch.empty(shape, dtype=dtype, device="cpu") if small else _from_buffer(shape, dtype)[0]
 
 
 def _from_buffer(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, bool]:
@@ -110,7 +110,7 @@ def rows_fields(rows: Rows, threads: int = 1) -> tuple[Any, ...]:
 def row_states(rows: Rows) -> Tensor:
     """(N, 5) float64: the state of each row over this part of the vocabulary (csrc/row_state.h)."""
     rows = readable(rows)
-    states = torch.empty((rows.input.shape[0], 5), dtype=torch.float64)
+    states = torch.empty((rows.input.shape[0], 5), dtype=torch.float64, device="cpu")
     _native.row_states(rows_fields(rows, _num_threads()), states.data_ptr())
     return states
 
@@ -158,7 +158,7 @@ def _has_tiles() -> bool:
 @cache
 def _seconds(multiply: Callable[..., None], dtype: torch.dtype, to: torch.dtype) -> float:
     """The best of a few products, once in a process."""
-    a, b, out = (torch.ones(n, 1024, dtype=d) for n, d in ((256, dtype), (1024, dtype), (256, to)))
+    a, b, out = (torch.ones(n, 1024, dtype=d, device="cpu") for n, d in ((256, dtype), (1024, dtype), (256, to)))
     times = []
     for _ in range(5):
         start = time.perf_counter()
@@ -179,11 +179,10 @@ def head_loss(
     rows: Rows, hidden: Tensor, head: Tensor, bias: Tensor | None, extras: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Losses, statistics and argmax of rows whose logits are never written, and the logits (N, K) of listed classes."""
-    N, F = hidden.shape[0], rows.compute_dtype
-    loss, stats = torch.empty(N, dtype=F), torch.empty((5, N), dtype=F)
-    argmax = torch.empty(N if extras else 0, dtype=torch.int64)
+    N, new, F = hidden.shape[0], hidden.new_empty, rows.compute_dtype
+    loss, stats, argmax = new(N, dtype=F), new((5, N), dtype=F), new(N if extras else 0, dtype=torch.int64)
     target = rows.target.contiguous()
-    listed = torch.zeros(target.shape, dtype=F)
+    listed = hidden.new_zeros(target.shape, dtype=F)
     weight, bias = (None if t is None else t.detach().to(F).contiguous() for t in (rows.weight, bias))
     probs = None if rows.probs is None else rows.probs.detach().to(F).contiguous()
     fields = rows_fields(Rows(rows.input, target, weight, rows.spec, probs), _num_threads())
@@ -202,11 +201,10 @@ def row_loss(rows: Rows, extras: bool, whole: Tensor | None = None) -> tuple[Ten
     """See reference.row_loss. Of a JS `whole` are the statistics of whole rows, of which these are a part: the loss is
     what the part contributes, and the last of the statistics likewise."""
     rows = readable(rows)
-    N = rows.input.shape[0]
-    loss = torch.empty(N, dtype=rows.compute_dtype)
-    stats = torch.empty((5, N), dtype=rows.compute_dtype) if whole is None else whole.clone()
+    N, new, F = rows.input.shape[0], rows.input.new_empty, rows.compute_dtype
+    loss, stats = new(N, dtype=F), new((5, N), dtype=F) if whole is None else whole.clone()
     ranked = extras and rows.spec.objective == Objective.INDEX
-    argmax, rank = (torch.empty(N if wanted else 0, dtype=torch.int64) for wanted in (extras, ranked))
+    argmax, rank = (new(N if wanted else 0, dtype=torch.int64) for wanted in (extras, ranked))
     found = argmax.data_ptr() if extras else 0, rank.data_ptr() if ranked else 0
     fields, given = rows_fields(rows, _num_threads()), whole is not None
     _native.row_loss(fields, loss.data_ptr(), stats.data_ptr(), *found, extras, given)
@@ -266,7 +264,7 @@ def part_loss(rows: Rows, start: int, vocab_size: int, columns: Tensor) -> int:
 def merge_parts(everyone: Tensor, first: int, N: int, dtype: torch.dtype) -> tuple[float, Tensor]:
     """The summed loss and the statistics (5, N) of whole rows, from bytes (R, B) of which those from `first` on are
     each part's columns."""
-    stats = torch.empty((5, N), dtype=dtype)
+    stats = everyone.new_empty((5, N), dtype=dtype)
     parts, stride = everyone.shape
     columns, code = everyone.data_ptr() + first, DTYPE_CODES[dtype]
     return _native.merge_parts(columns, parts, stride, N, code, stats.data_ptr()), stats
@@ -281,9 +279,9 @@ def part_grad(rows: Rows, start: int, stats: Tensor, upstream: float, out: Tenso
 def scalar(value: float, dtype: torch.dtype) -> Tensor:
     """A loss as a tensor ()."""
     try:
-        return torch.scalar_tensor(value, dtype=dtype)
+        return torch.scalar_tensor(value, dtype=dtype, device="cpu")
     except RuntimeError:  # too large for it: infinity, as torch's sum would be
-        return torch.tensor(value, dtype=torch.float64).to(dtype)
+        return torch.tensor(value, dtype=torch.float64, device="cpu").to(dtype)
 
 
 def empty_cache() -> int:

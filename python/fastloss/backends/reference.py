@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..reduction import valid_rows
+from ..saved import savable
 from ..spec import COMPUTE_DTYPE, Objective, Rows, Spec
 
 ROUNDING = 1e-5  # what is left of one may be rounding; of a tail without classes it would weigh infinitely
@@ -67,7 +68,7 @@ def _dot(w: Tensor, log_p: Tensor) -> Tensor:
 
 
 def _index(rows: Rows, z: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
-    spec, target, w = rows.spec, rows.target, _class_weights(rows)
+    spec, target, w = rows.spec, savable(rows.target), _class_weights(rows)
     log_prob = -F.nll_loss(log_p, target, ignore_index=spec.ignore_index, reduction="none")
     valid = target != spec.ignore_index
     sharp = 1 - spec.label_smoothing
@@ -77,7 +78,7 @@ def _index(rows: Rows, z: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _probs(rows: Rows, z: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
-    log_prob = _dot(smooth_probs(rows.target.to(z.dtype), _class_weights(rows), rows.spec), log_p)
+    log_prob = _dot(smooth_probs(savable(rows.target).to(z.dtype), _class_weights(rows), rows.spec), log_p)
     return -log_prob, log_prob
 
 
@@ -141,7 +142,7 @@ def _target_log_probs(rows: Rows) -> Tensor:
 
 
 def _class_weights(rows: Rows) -> Tensor | None:
-    return None if rows.weight is None else rows.weight.to(rows.compute_dtype)
+    return None if rows.weight is None else savable(rows.weight).to(rows.compute_dtype)
 
 
 def listed(rows: Rows) -> tuple[Tensor, Tensor]:

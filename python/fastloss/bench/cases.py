@@ -110,7 +110,7 @@ def inputs(case: Case, seed: int = 0, device: torch.device | None = None) -> Inp
     torch.manual_seed(seed)
     loss = LOSSES[case.loss]
     with torch.device(device or "cpu"):
-        x = torch.empty(case.N, case.H or case.V, dtype=case.torch_dtype()).normal_()
+        x = torch.empty(case.N, case.H or case.V, dtype=case.torch_dtype(), device="cpu").normal_()
         return Inputs(x.requires_grad_(case.backward), loss.target(case), loss.arguments(case))
 
 

@@ -21,11 +21,11 @@ UNKNOWN = 20  # of them outside the vocabulary
 
 
 def _random_indices(case: Case) -> Tensor:
-    return torch.randint(case.V, (case.N,))
+    return torch.randint(case.V, (case.N,), device="cpu")
 
 
 def _random_logits(case: Case) -> Tensor:
-    return torch.empty(case.N, case.V, dtype=case.torch_dtype()).normal_()
+    return torch.empty(case.N, case.V, dtype=case.torch_dtype(), device="cpu").normal_()
 
 
 class Loss(NamedTuple):
@@ -121,30 +121,30 @@ def _pointer_generator(x: Tensor, target: Tensor, attention: Tensor, **arguments
 
 
 def _topk_probs(case: Case) -> dict[str, Any]:
-    return {"probs": torch.rand(case.N, K).softmax(-1) * 0.9}
+    return {"probs": torch.rand(case.N, K, device="cpu").softmax(-1) * 0.9}
 
 
 def _topk_indices(case: Case) -> Tensor:
     """Distinct in each row."""
-    return (torch.randint(case.V, (case.N, 1)) + torch.arange(K) * (case.V // K)) % case.V
+    return (torch.randint(case.V, (case.N, 1), device="cpu") + torch.arange(K, device="cpu") * (case.V // K)) % case.V
 
 
 def _linear_weight(case: Case) -> dict[str, Any]:
-    weight = torch.empty(case.V, case.H, dtype=case.torch_dtype()).normal_(std=case.H**-0.5)
+    weight = torch.empty(case.V, case.H, dtype=case.torch_dtype(), device="cpu").normal_(std=case.H**-0.5)
     return {"linear_weight": weight.requires_grad_(case.backward)}
 
 
 def _words(case: Case) -> Tensor:
-    return torch.randint(case.V + UNKNOWN, (case.N,))
+    return torch.randint(case.V + UNKNOWN, (case.N,), device="cpu")
 
 
 def _article(case: Case) -> dict[str, Any]:
     B = min(8, case.N)
     T = case.N // B
     return {
-        "gate_logit": torch.randn(B, T),
-        "attention": torch.rand(B, T, SOURCE).softmax(-1),
-        "source_ids": torch.randint(case.V + UNKNOWN, (B, SOURCE)),
+        "gate_logit": torch.randn(B, T, device="cpu"),
+        "attention": torch.rand(B, T, SOURCE, device="cpu").softmax(-1),
+        "source_ids": torch.randint(case.V + UNKNOWN, (B, SOURCE), device="cpu"),
         "eps": 1e-12,
     }
 
@@ -153,7 +153,7 @@ LOSSES = {
     "plain": Loss(F.cross_entropy),
     "label smoothing": Loss(F.cross_entropy, arguments=lambda case: {"label_smoothing": 0.1}),
     "class weights": Loss(
-        F.cross_entropy, arguments=lambda case: {"weight": torch.rand(case.V).to(case.torch_dtype())}
+        F.cross_entropy, arguments=lambda case: {"weight": torch.rand(case.V, device="cpu").to(case.torch_dtype())}
     ),
     "probabilities": Loss(F.cross_entropy, target=lambda case: _random_logits(case).softmax(-1), dense=True, memory=12),
     "softcap + z-loss": Loss(softcapped, arguments=lambda case: {"softcap": 30.0, "z_loss": 1e-4}, memory=14),

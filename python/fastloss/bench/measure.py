@@ -246,7 +246,7 @@ class Race:
         case, N = self.case, min(512, self.case.N)
         count = 3 if case.backward else 1
         self.work = 2 * case.N * case.H * case.V * count
-        x, weight = torch.randn(N, case.H), torch.randn(case.V, case.H)
+        x, weight = torch.randn(N, case.H, device="cpu"), torch.randn(case.V, case.H, device="cpu")
         self.floor, product = fastest_product(x, weight, self.device)
         return {FLOOR: Alternative(lambda: [product() for _ in range(count * case.N // N)], self.data.forget)}
 

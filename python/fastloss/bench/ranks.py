@@ -45,7 +45,7 @@ class ThreeReductions(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:
         p, elsewhere, here = ctx.saved_tensors
-        p[torch.arange(len(here)), here] -= (~elsewhere).to(p.dtype)
+        p[torch.arange(len(here), device=here.device), here] -= (~elsewhere).to(p.dtype)
         return p.mul_(upstream[:, None]), None, None
 
 
@@ -56,13 +56,13 @@ def _alternatives(N: int, V: int) -> dict[str, Callable[[], None]]:
     from torch.distributed.tensor.parallel import loss_parallel
 
     shard, g = fastloss.VocabShard.even(V), torch.Generator().manual_seed(0)
-    logits, target = torch.randn(N, V, generator=g), torch.randint(V, (N,), generator=g)
+    logits, target = torch.randn(N, V, generator=g, device="cpu"), torch.randint(V, (N,), generator=g, device="cpu")
     x = logits[:, shard.start : shard.stop].clone().requires_grad_()
     mesh = init_device_mesh("cpu", (RANKS,))
     own = x.detach().clone()
     whole = DTensor.from_local(own, mesh, [Shard(1)], run_check=False, shape=logits.shape, stride=(V, 1))
     whole.requires_grad_()
-    block = torch.zeros(BLOCK_BYTES, dtype=torch.uint8)
+    block = torch.zeros(BLOCK_BYTES, dtype=torch.uint8, device="cpu")
     everyone = block.new_empty(RANKS * BLOCK_BYTES)
 
     def backward(loss: Tensor, of: Tensor) -> None:

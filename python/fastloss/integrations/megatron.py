@@ -14,10 +14,12 @@ from torch import Tensor
 
 from ..losses import cross_entropy
 from ..parallel import VocabShard
+from ..public import public
 
 _CONVENTIONS = ("torch", "megatron")
 
 
+@public
 def vocab_parallel_cross_entropy(
     vocab_parallel_logits: Tensor,
     target: Tensor,
@@ -61,6 +63,7 @@ def vocab_parallel_cross_entropy(
     )
 
 
+@public
 def parallel_cross_entropy(
     inp: Tensor,
     target: Tensor,

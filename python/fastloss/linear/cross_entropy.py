@@ -7,11 +7,11 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .. import arguments
 from ..losses import CrossEntropyStats, stats_of
-from ..parallel import VocabShard, takes_dtensors
+from ..parallel import VocabShard
+from ..public import public_loss
 from ..reduction import reduce_rows
 from ..rows import RowLoss
 from ..spec import REDUCTIONS, Objective, Reduction, Rows, make_spec
@@ -70,7 +70,7 @@ def linear_cross_entropy(
 ) -> Tensor: ...
 
 
-@takes_dtensors
+@public_loss
 def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
@@ -141,35 +141,11 @@ def linear_cross_entropy(
     >>> linear_cross_entropy(hidden, head, torch.tensor([1, -100]))
     tensor(1.3863)
     """
-    if has_torch_function_variadic(input, linear_weight, target, linear_bias, weight):
-        return handle_torch_function(
-            linear_cross_entropy,  # type: ignore[arg-type]
-            (input, linear_weight, target, linear_bias, weight),
-            input,
-            linear_weight,
-            target,
-            linear_bias=linear_bias,
-            weight=weight,
-            reduction=reduction,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-            options=options,
-            z_loss=z_loss,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            token_weight=token_weight,
-            normalizer=normalizer,
-            out_dtype=out_dtype,
-            return_stats=return_stats,
-            max_chunk_bytes=max_chunk_bytes,
-            filter_eps=filter_eps,
-            shard=shard,
-        )
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: {reduction!r} is not a valid value for reduction ('none', 'mean' or 'sum')")
     arguments.check_linear(input, linear_weight, linear_bias, positions=True)
     if not isinstance(target, Tensor):
-        raise TypeError(f"linear_cross_entropy(): argument 'target' must be Tensor, not {type(target).__name__}")
+        raise TypeError(f"argument 'target' must be Tensor, not {type(target).__name__}")
     shape = torch.Size((*input.shape[:-1], *linear_weight.shape[:-1]))  # of the logits
     if target.shape == shape and ignore_index is not None:
         raise RuntimeError("ignore_index cannot be specified when target contains probabilities")

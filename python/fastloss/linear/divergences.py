@@ -9,13 +9,14 @@ from torch import Tensor
 
 from .. import arguments
 from ..divergences import KL_REDUCTIONS, objective_of, objective_of_beta
-from ..parallel import VocabShard, takes_dtensors
+from ..parallel import VocabShard
+from ..public import public_loss
 from ..spec import Objective, Rows, make_spec
 from .evaluate import reduced_loss
 from .heads import MAX_CHUNK_BYTES, Head, LinearRows, flattened, room, stand_in
 
 
-@takes_dtensors
+@public_loss
 def linear_kl_div(
     input: Tensor,
     linear_weight: Tensor,
@@ -50,7 +51,7 @@ def linear_kl_div(
     return _divergence(student, Head(*teacher), objective_of(direction), 0.5, **options)
 
 
-@takes_dtensors
+@public_loss
 def linear_js_div(
     input: Tensor,
     linear_weight: Tensor,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..backends import Backend, choose_for, native
 from ..parallel import VocabShard
+from ..saved import savable
 from ..spec import COMPUTE_DTYPE, Rows
 
 MAX_CHUNK_BYTES = 56 << 20  # of logits that exist at once: with what the products pack, below 64 MiB
@@ -42,7 +43,7 @@ class Head(NamedTuple):
         """All of them, as a textbook writes it."""
         dtype = self.dtype
         bias = None if self.bias is None else self.bias.to(dtype)
-        return torch.nn.functional.linear(self.hidden.to(dtype), self.weight.to(dtype), bias)
+        return torch.nn.functional.linear(self.hidden.to(dtype), savable(self.weight).to(dtype), bias)
 
 
 class LinearRows(NamedTuple):

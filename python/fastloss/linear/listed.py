@@ -10,13 +10,14 @@ from torch import Tensor
 
 from .. import arguments
 from ..logprobs import of_one_class, selective_rows
-from ..parallel import VocabShard, takes_dtensors
+from ..parallel import VocabShard
+from ..public import public_loss
 from ..topk import less_entropy, topk_rows
 from .evaluate import per_row, reduced_loss, selected
 from .heads import MAX_CHUNK_BYTES, Head, LinearRows, flattened, room, stand_in
 
 
-@takes_dtensors
+@public_loss
 def linear_topk_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
@@ -40,7 +41,7 @@ def linear_topk_cross_entropy(
     return _topk(Head(input, linear_weight, linear_bias), indices, probs, False, **options)
 
 
-@takes_dtensors
+@public_loss
 def linear_topk_kl_div(
     input: Tensor,
     linear_weight: Tensor,
@@ -92,7 +93,7 @@ def _topk(
     return loss.reshape(logits.shape[:-1]) if reduction == "none" else loss
 
 
-@takes_dtensors
+@public_loss
 def linear_selective_log_softmax(
     input: Tensor,
     linear_weight: Tensor,

@@ -23,6 +23,8 @@ from ..rows import (
     selected_log_probs,
     selected_upstream,
 )
+from ..saved import save as store
+from ..saved import saved as restore
 from ..spec import Reduction, Rows
 from . import blocks, grads
 from .chunks import row_loss
@@ -140,11 +142,11 @@ def save(ctx: Any, args: Any, *more: Tensor) -> None:
     """The arguments, of which the tensors must go through autograd's hands."""
     ctx.others = [None if isinstance(a, Tensor) else a for a in args]
     ctx.tensors = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
-    ctx.save_for_backward(*(args[i] for i in ctx.tensors), *more)
+    store(ctx, *(args[i] for i in ctx.tensors), *more)
 
 
 def saved(ctx: Any) -> tuple[list[Any], tuple[Tensor, ...]]:
-    args, saved = list(ctx.others), ctx.saved_tensors
+    args, saved = list(ctx.others), restore(ctx)
     for i, tensor in zip(ctx.tensors, saved, strict=False):
         args[i] = tensor
     return args, saved[len(ctx.tensors) :]

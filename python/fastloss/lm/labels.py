@@ -6,9 +6,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..public import public
+
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
+@public
 def next_token_labels(
     labels: Tensor,
     *,
@@ -61,6 +64,7 @@ def next_token_labels(
     return following
 
 
+@public
 def masked_positions(labels: Tensor, ignore_index: int = -100) -> Tensor:
     """``(labels.flatten() != ignore_index).nonzero()[:, 0]``
 
@@ -75,6 +79,7 @@ def masked_positions(labels: Tensor, ignore_index: int = -100) -> Tensor:
     return (labels.reshape(-1) != ignore_index).nonzero().squeeze(1)
 
 
+@public
 def sliding_windows(tokens: Tensor, window: int, stride: int, *, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
     """``tokens.unfold(0, window, stride)``, and the labels of each window that no window before it has.
 

@@ -11,10 +11,12 @@ from torch.nn.functional import pad
 
 from ..linear import linear_cross_entropy
 from ..losses import cross_entropy
+from ..public import public
 from ..spec import COMPUTE_DTYPE
 from .labels import keep, next_token_labels, same_shape
 
 
+@public
 def causal_lm_loss(
     logits: Tensor,
     labels: Tensor,
@@ -70,6 +72,7 @@ def causal_lm_loss(
     return _classes_last(logits, target, ignore_index=ignore_index, token_weight=token_weight, **options)
 
 
+@public
 def masked_lm_loss(
     logits: Tensor, labels: Tensor, positions: Tensor | None = None, *, ignore_index: int = -100, **options: Any
 ) -> Any:
@@ -109,6 +112,7 @@ def masked_lm_loss(
     return _classes_last(logits, target, ignore_index=ignore_index, **options)
 
 
+@public
 def next_sentence_loss(logits: Tensor, labels: Tensor, **options: Any) -> Any:
     """``F.cross_entropy(logits, labels)``
 
@@ -125,6 +129,7 @@ def next_sentence_loss(logits: Tensor, labels: Tensor, **options: Any) -> Any:
     return _classes_last(logits, labels, **options)
 
 
+@public
 def sequence_cross_entropy(
     logits: Tensor,
     labels: Tensor,
@@ -182,6 +187,7 @@ def sequence_cross_entropy(
     return _classes_last(logits, target, reduction="sum", normalizer=sequences, **options)
 
 
+@public
 def sequence_log_likelihood(
     logits: Tensor,
     labels: Tensor,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..public import public
 from .labels import next_token_labels
 from .losses import causal_lm_loss
 
@@ -39,11 +40,13 @@ class Perplexity:
 
     def reset(self) -> None:
         """Forgets every batch."""
-        self.nll = torch.zeros((), dtype=torch.float64, device=self.device)
-        self.tokens = torch.zeros((), dtype=torch.int64, device=self.device)
-        self.bytes = torch.zeros((), dtype=torch.int64, device=self.device)
+        device = "cpu" if self.device is None else self.device  # until the first logits say where
+        self.nll = torch.zeros((), dtype=torch.float64, device=device)
+        self.tokens = torch.zeros((), dtype=torch.int64, device=device)
+        self.bytes = torch.zeros((), dtype=torch.int64, device=device)
 
     @torch.no_grad()
+    @public
     def update(
         self,
         logits: Tensor,

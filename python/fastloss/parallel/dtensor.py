@@ -3,44 +3,26 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable
 from dataclasses import replace
-from functools import wraps
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor
 
 from .shard import VocabShard
 
-_F = TypeVar("_F", bound=Callable[..., Any])
 _HEADS = ("linear_weight", "linear_bias", "target_linear_weight", "target_linear_bias")
 
 
-def takes_dtensors(function: _F) -> _F:
-    """A loss whose tensors may be DTensors. Where they shard the classes it is computed as with `shard`; it returns
-    DTensors, and so are the gradients."""
-
-    @wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if "torch.distributed.tensor" in sys.modules:  # else there are none
-            from torch.distributed.tensor import DTensor
-
-            if any(isinstance(t, DTensor) for t in (*args, *kwargs.values())):
-                return _on_parts(function, inspect.signature(function).bind(*args, **kwargs))
-        return function(*args, **kwargs)
-
-    return call  # type: ignore[return-value]
-
-
-def _on_parts(function: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
+def on_shards(function: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
+    """A loss of arguments of which some are DTensors."""
     from torch.distributed.tensor import DTensor, Shard
 
-    given = _keywords(bound)
+    given = arguments_by_name(bound)
     source = "linear_weight" if "linear_weight" in given else "input"
     classes, input = given[source], given["input"]
     if not isinstance(classes, DTensor) or not isinstance(input, DTensor):
-        raise RuntimeError(_PLAIN_BESIDE.format(function.__name__))
+        _refuse_plain(given, source)
     dims, mesh = _class_dims(function.__name__, given), classes.device_mesh
     axes = [a for a, p in enumerate(classes.placements) if isinstance(p, Shard) and p.dim == dims[source]]
     if len(axes) > 1:
@@ -64,13 +46,29 @@ def _on_parts(function: Callable[..., Any], bound: inspect.BoundArguments) -> An
     return _wrapped(result, mesh, [None if d is None else d - (d > 1 and second) for d in rows])
 
 
-_PLAIN_BESIDE = """{}: got a DTensor beside a plain tensor. Of a head that tensor parallelism shards, make the hidden \
-states a DTensor too (replicated), or pass shard=VocabShard.even(V, group) with linear_weight.to_local(). One that \
-FSDP has sharded must be whole: compute the loss in the forward of the module that it belongs to, or after \
-module.unshard(), or with module.set_reshard_after_forward(False)"""
+_HEAD_ALONE = """linear_weight: got a DTensor beside a plain input. Of an LM head that tensor parallelism shards, \
+make the hidden states a DTensor too (replicated), or pass shard=VocabShard.even(V, group) with \
+linear_weight.to_local(). One that FSDP has sharded must be complete: compute the loss in the forward of the module \
+that it belongs to, or after module.unshard(), or with module.set_reshard_after_forward(False). \
+linear_weight.full_tensor() without grad_placements would lose the gradients of the other ranks' rows, here as with \
+torch's own loss"""
 
 
-def _keywords(bound: inspect.BoundArguments) -> dict[str, Any]:
+def _refuse_plain(given: dict[str, Any], source: str) -> None:
+    """What holds the classes, or the rows, is a plain tensor, and another argument a DTensor."""
+    from torch.distributed.tensor import DTensor
+
+    distributed = [name for name, value in given.items() if isinstance(value, DTensor)]
+    if source in distributed:
+        raise RuntimeError(_HEAD_ALONE)
+    plain = source if "input" in distributed else "input"
+    raise RuntimeError(
+        f"{distributed[0]}: got a DTensor beside a plain {plain}: make {plain} a DTensor of the same mesh (replicated, "
+        f"where every rank has all of it), or pass {distributed[0]}.full_tensor()"
+    )
+
+
+def arguments_by_name(bound: inspect.BoundArguments) -> dict[str, Any]:
     """All arguments by name, also the options that a loss passes on."""
     given = dict(bound.arguments)
     for p in bound.signature.parameters.values():

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..backends import choose, native
 from ..rows import eager, transforming
+from ..saved import save, saved
 from ..spec import Objective, Reduction, Rows
 from .rows import PLAIN, refuse_formula, written
 from .shard import BLOCK_BYTES, HEADER_BYTES, VocabShard, check_padding, exchange, header_of, new_block
@@ -26,7 +27,7 @@ def takes(rows: Rows, to: Reduction, shard: VocabShard) -> bool:
         return False
     size = len(rows.input) * native.PART_COLUMNS * rows.compute_dtype.itemsize
     fits = shard.part.size > 0 and shard.ranks > 1 and size <= BLOCK_BYTES - HEADER_BYTES
-    return fits and eager(rows.input) and choose(rows).name == "cpu"
+    return fits and eager(rows, divisor) and choose(rows).name == "cpu"
 
 
 def _over(total: float, divisor: float) -> float:
@@ -47,14 +48,14 @@ class PlainReduced(torch.autograd.Function):
         everyone = exchange(block, header, shard)
         total, stats = native.merge_parts(everyone, HEADER_BYTES, len(input), rows.compute_dtype)
         divisor = (count if to.kind == "mean" else 1) if to.normalizer is None else float(to.normalizer)
-        ctx.save_for_backward(input, rows.target, stats)
+        save(ctx, input, rows.target, stats)
         ctx.spec, ctx.shard, ctx.divisor = rows.spec, shard, divisor
         return native.scalar(_over(total, divisor), to.dtype)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:
         refuse_formula(upstream)
-        input, target, stats = ctx.saved_tensors
+        input, target, stats = saved(ctx)
         size, factor = ctx.shard.part.size, _over(upstream.item(), ctx.divisor)
         rows = Rows(input.detach()[:, :size], target, None, ctx.spec)
         write = lambda grad: native.part_grad(rows, ctx.shard.start, stats, factor, grad)  # noqa: E731

@@ -13,6 +13,8 @@ from ..arguments import check_indices
 from ..backends import choose_for, native
 from ..reduction import reduce_rows
 from ..rows import RowLoss, call_row_grad, call_row_loss, needs_formula, transforming
+from ..saved import save as store
+from ..saved import saved as restore
 from ..spec import Objective, Reduction, Rows
 from . import merge
 from .merge import Compute, Part, PartLoss, RowGrad, Whole, kept_of, placed, rows_of, tail_gradient
@@ -64,21 +66,22 @@ def over_ranks(rows: Rows, local: Rows, shard: VocabShard, compute: Compute, ask
 def save(ctx: Any, rows: Rows, local: Rows, whole: Whole, *tensors: Tensor | None) -> None:
     """What the backward of a Function needs of rows: after what it needs besides, which are `tensors`."""
     target = None if local.target is rows.target else local.target
-    ctx.save_for_backward(*tensors, rows.target, rows.weight, rows.probs, target, local.probs, *whole.kept())
+    store(ctx, *tensors, rows.target, rows.weight, rows.probs, target, local.probs, *whole.kept())
     ctx.specs = rows.spec, local.spec
     ctx.set_materialize_grads(False)
 
 
 def saved(ctx: Any, count: int) -> tuple[list[Any], Callable[[Tensor], tuple[Rows, Rows]], Whole]:
     """The `count` other tensors, what makes (rows, local) of logits, and the whole rows."""
-    target, weight, probs, local_target, local_probs, *kept = ctx.saved_tensors[count:]
+    tensors = restore(ctx)
+    target, weight, probs, local_target, local_probs, *kept = tensors[count:]
     spec, local_spec = ctx.specs
 
     def rows_over(input: Tensor) -> tuple[Rows, Rows]:
         rows = Rows(input, target, weight, spec, probs)
         return rows, Rows(input, target if local_target is None else local_target, weight, local_spec, local_probs)
 
-    return list(ctx.saved_tensors[:count]), rows_over, kept_of(*kept)
+    return list(tensors[:count]), rows_over, kept_of(*kept)
 
 
 def outcome(ctx: Any, whole: Whole, asked: Asked) -> Outcome:
