@@ -332,8 +332,10 @@ def test_bench_rotates_inputs_on_a_device(fake):
     assert "GiB of memory, 4.0 GiB are available" in measure.not_enough_memory(large, fake.device)
 
 
-def test_bench_goes_on_after_a_failure(fake, monkeypatch, tmp_path, capsys):
-    """Out of memory in one case: the others are measured, the report is written, and the status says so."""
+@pytest.mark.parametrize("where", ["case", "release"])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyError, ValueError], ids=lambda e: e.__name__)
+def test_bench_goes_on_after_a_failure(fake, monkeypatch, tmp_path, capsys, error, where):
+    """Out of memory in one case, or whatever: the others are measured, the report is written, the status says so."""
     from fastloss.bench import cases, measure, records
 
     table = [cases.Case("plain", "float32", N, 1000, True) for N in (8, 16)]
@@ -342,14 +344,21 @@ def test_bench_goes_on_after_a_failure(fake, monkeypatch, tmp_path, capsys):
     run_case = measure.run
 
     def run(case, *rest):
-        if case.N == 8:
-            raise torch.OutOfMemoryError("tried to allocate too much")
+        if case.N == 8 and where == "case":
+            raise error("tried to allocate too much")
         return run_case(case, *rest)
 
+    releases = iter([where == "release", False])
+
+    def release():
+        if next(releases):
+            raise error("tried to allocate too much")
+
     monkeypatch.setattr(measure, "run", run)
+    monkeypatch.setattr(type(fake.device), "release", lambda self: release())
     assert bench.main(quick=True, out=str(tmp_path), compiled=False, device="cuda") == 1
     report = json.loads((tmp_path / "report.json").read_text())
-    assert [case["name"] for case in report["cases"]] == [table[1].name]
+    assert [case["name"] for case in report["cases"]][-1] == table[1].name
     assert "tried to allocate too much" in report["skipped"][str(table[0])]
     assert "tried to allocate too much" in capsys.readouterr().out
 

@@ -18,7 +18,9 @@ from check import assert_as_good_as_torch, assert_case, value_and_grad
 from cuda_engine import DEVICES, cuda_on_host
 
 import fastloss
+from fastloss import backends
 from fastloss.backends import cuda
+from fastloss.backends.device import Passing
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 needs_ptx = pytest.mark.skipif(cuda_ptx.missing() is not None, reason=f"{cuda_ptx.missing()}")
@@ -31,6 +33,41 @@ LONG = {torch.float32: [8192, 19001, 100001, 128256], torch.bfloat16: [16384, 38
 def rows(N: int, V: int, dtype: torch.dtype, g: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     x, y, _ = CASES[0].inputs(N, V, dtype, g)
     return x, y
+
+
+def test_a_refusal_that_passes_is_not_remembered(monkeypatch, generator):
+    """A driver that is busy at the first call is asked again at the next."""
+    x, y = rows(3, 17, torch.float32, generator)
+    reasons = iter(["the driver is busy", "the driver is busy", None])
+    with cuda_on_host():
+
+        class Busy:
+            device_type = "cpu"
+
+            def cannot_run(self, index):
+                return next(reasons)
+
+        monkeypatch.setattr(cuda, "module", lambda: Busy())
+        monkeypatch.setattr(cuda, "_able", set())
+        with fastloss.use_backend("cuda"):
+            for _ in range(2):
+                with pytest.raises(NotImplementedError, match="the driver is busy"):
+                    fastloss.cross_entropy(x, y)
+            assert cuda.refuses(x.device, x.dtype, y.dtype, CASES[0].objective) is None
+            assert cuda.refuses(x.device, x.dtype, y.dtype, CASES[0].objective) is None  # and remembered
+
+
+def test_what_another_backend_ran_is_not_remembered_either(monkeypatch, generator):
+    x, y = rows(3, 17, torch.float32, generator)
+    busy: str | None = Passing("the driver is busy")
+    first = backends.BACKENDS[0]
+    table = (first._replace(name="cuda", refuses=lambda *request: busy), *backends.BACKENDS[:1])
+    monkeypatch.setattr(backends, "BACKENDS", table)
+    monkeypatch.setattr(backends, "_chosen", {})
+    request = x.device, x.dtype, y.dtype, CASES[0].objective
+    assert backends.choose_for(*request).name == "cpu" and not backends._chosen
+    busy = None
+    assert backends.choose_for(*request).name == "cuda" and backends._chosen
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -42,7 +42,6 @@ from test_numerics import (  # noqa: F401
     test_target_on_a_masked_class,
 )
 from test_sharded import cut
-from triton.runtime.autotuner import Autotuner
 from triton_engine import in_shapes, taking_turns
 
 import fastloss
@@ -134,13 +133,13 @@ def timed(engine, monkeypatch) -> list[int]:
     """Where shapes are timed, by a clock that says the last is the fastest. The list gets how often it was asked."""
     asked: list[int] = []
 
-    def bench(self: Autotuner, run: Callable[[], None], quantiles: Any) -> list[float]:
+    def bench(run: Callable[[], None], quantiles: Any) -> list[float]:
         run()
         run()
         asked.append(len(asked))
         return [1.0 / len(asked)] * 3
 
-    monkeypatch.setattr(Autotuner, "do_bench", bench)
+    monkeypatch.setattr(tuning, "benchmark", bench)
     monkeypatch.setattr(tuning, "is_timed", lambda device: True)
     monkeypatch.setattr(heads, "SLICE", 256)  # takes an eighth of the time
     for kernel in TUNED:
@@ -203,6 +202,13 @@ def test_a_choice_is_made_once(timed, generator, monkeypatch):
         assert chosen(head_states) == first
     states_of(3, 70, 48, generator)
     assert chosen(head_states) == head_states.configs[0] and len(timed) == 2 * times(head_states)
+
+
+def test_a_single_candidate_is_not_timed_while_a_graph_is_captured(monkeypatch):
+    """As Triton before 3.9 would do it, and break the capture."""
+    monkeypatch.setattr(tuning, "_captures", lambda device: True)
+    monkeypatch.setattr(tuning, "benchmark", lambda call, quantiles: pytest.fail("timed"))
+    assert tuning._time(torch.device("cuda"), lambda: None, (0.5, 0.2, 0.8)) == [0.0] * 3
 
 
 def test_nothing_is_timed_where_results_must_not_depend_on_it():

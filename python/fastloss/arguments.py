@@ -15,7 +15,9 @@ from .spec import COMPUTE_DTYPE, NUMBERS, Reduction, Spec
 
 _INDEX_DTYPES = (torch.int64, torch.int32, torch.uint8)
 _PLAIN = (Tensor, torch.nn.Parameter)
-_autocast_exists = torch.amp.is_autocast_available
+# Asked at import, for torch.compile could not trace the question before torch 2.12.
+_KNOWN_DEVICES = frozenset(("cpu", "cuda", "hpu", "maia", "meta", "mps", "mtia", "xla", "xpu"))
+_AUTOCAST_DEVICES = frozenset(d for d in _KNOWN_DEVICES if torch.amp.is_autocast_available(d))
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
@@ -308,4 +310,8 @@ def result_dtype(input: Tensor, out_dtype: torch.dtype | None) -> torch.dtype:
 
 def _under_autocast(input: Tensor) -> bool:
     device = input.device.type
-    return input.dtype != torch.float64 and _autocast_exists(device) and torch.is_autocast_enabled(device)
+    if input.dtype == torch.float64:
+        return False
+    # A device that somebody's own backend brings is not known at import.
+    exists = device in _AUTOCAST_DEVICES or (device not in _KNOWN_DEVICES and torch.amp.is_autocast_available(device))
+    return exists and torch.is_autocast_enabled(device)

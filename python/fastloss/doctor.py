@@ -104,7 +104,7 @@ def _cpu_model() -> str:
 
 
 def _devices() -> list[torch.device]:
-    accelerator = torch.accelerator.current_accelerator()  # None without one
+    accelerator = torch.accelerator.current_accelerator(check_available=True)  # None without one, or its driver
     return [torch.device("cpu")] + ([accelerator] if accelerator is not None else [])
 
 

@@ -126,7 +126,8 @@ def _choose(*request: Any) -> Backend:
     reasons = refusals(*request)
     for backend in BACKENDS:
         if reasons[backend.name] is None:
-            _chosen[request] = backend
+            if not any(isinstance(reason, device.Passing) for reason in reasons.values()):
+                _chosen[request] = backend
             return backend
     table = "\n".join(f"  {name}: {reason}" for name, reason in reasons.items())
     raise NotImplementedError(f"no backend runs this call:\n{table}")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..spec import Objective, Rows
-from .device import STATE_FIELDS, Kernels, Upstream
+from .device import STATE_FIELDS, Kernels, Passing, Upstream
 from .native import DTYPE_CODES, rows_fields
 
 
@@ -41,13 +41,21 @@ def refuses(device: torch.device, dtype: torch.dtype, target_dtype: torch.dtype,
         return "torch sees no CUDA device"
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
-    return _cannot_run(built, device)
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return "its kernels need compute capability 8.0"
+    return None if device in _able else _cannot_run(built, device)
 
 
-@lru_cache
-def _cannot_run(built: ModuleType, device: torch.device) -> str | None:
+_able: set[torch.device] = set()
+
+
+def _cannot_run(built: ModuleType, device: torch.device) -> Passing | None:
     with _on(device):
-        return built.cannot_run(device.index or 0)
+        reason: str | None = built.cannot_run(device.index or 0)
+    if reason is None:
+        _able.add(device)
+        return None
+    return Passing(reason)
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:

@@ -22,6 +22,10 @@ STATE_FIELDS = 5  # csrc/row_state.h: centre, sum, moment, plain, mass
 STATS = 5  # centre, log_sum, log_prob, mass, entropy; of other objectives what their kernels put there
 
 
+class Passing(str):
+    """Why a backend cannot run a call now, which may pass: the device's memory is full, its driver busy."""
+
+
 class Upstream(NamedTuple):
     """Upstream gradients, in the compute dtype: (N,) of any stride, or None for zero. That of the loss may be a number,
     and is multiplied by the row's `token_weight` (N,) and divided by `denominator` (), where given."""

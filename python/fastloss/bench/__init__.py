@@ -54,10 +54,11 @@ def main(quick: bool, out: str, threads: int | None = None, compiled: bool = Tru
         print(f"measuring {name} ...", file=sys.stderr, flush=True)
         try:
             work()
-        except RuntimeError as error:  # a device out of memory, a kernel that failed: the rest is still wanted
-            results.skipped[name] = f"failed: {type(error).__name__}: {str(error).splitlines()[0][:200]}"
+            opened.release()
+        except Exception as error:  # out of memory, a kernel that failed or does not compile: the rest is still wanted
+            said = str(error).partition("\n")[0][:200]
+            results.skipped[name] = f"failed: {type(error).__name__}: {said}"
             failed = 1
-        opened.release()
         results.write_json(Path(out))  # whatever happens to the next
     results.show()
     for path in results.write(Path(out)):

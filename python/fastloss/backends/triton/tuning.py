@@ -36,7 +36,8 @@ class Tuned:
         with self.lock:
             if device not in self.tuners:  # Triton's own memory knows one device
                 chosen_by = {"early_config_prune": self._candidates}
-                self.tuners[device] = triton.autotune(self.configs, prune_configs_by=chosen_by, **self.options)(self.fn)
+                options = {"prune_configs_by": chosen_by, "do_bench": partial(_time, device), **self.options}
+                self.tuners[device] = triton.autotune(self.configs, **options)(self.fn)
             self.tuners[device][grid](*args, **meta)
 
     def _candidates(self, configs: list[Any], args: dict[str, Any], **meta: Any) -> list[Any]:
@@ -48,6 +49,16 @@ class Tuned:
 def is_timed(device: torch.device) -> bool:
     """CPU tensors are the interpreter's; and what is asked to be deterministic must not depend on a clock."""
     return device.type != "cpu" and not torch.are_deterministic_algorithms_enabled()
+
+
+def _time(device: torch.device, call: Callable[[], Any], quantiles: Any) -> Any:
+    """Triton before 3.9 also times a single candidate, which waits for the device and so breaks a capture."""
+    return [0.0] * len(quantiles) if _captures(device) else benchmark(call, quantiles)
+
+
+def benchmark(call: Callable[[], Any], quantiles: Any) -> Any:
+    """The clock of Triton's autotuner."""
+    return triton.runtime.driver.active.get_benchmarker()(call, quantiles=quantiles)
 
 
 def _captures(device: torch.device) -> bool:
