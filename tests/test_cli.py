@@ -40,6 +40,16 @@ def without(*modules: str) -> tuple[str, ...]:
     return ("-c", f"import runpy, sys; {hide}; runpy.run_module('fastloss', run_name='__main__')")
 
 
+def test_doctor_where_torch_has_cuda_and_there_is_no_driver(monkeypatch):
+    def built_for(check_available=False):
+        return None if check_available else torch.device("cuda")
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", built_for)
+    report = doctor.examine()
+    assert report["healthy"] and {choice["device"] for choice in report["backends"]} == {"cpu"}
+    assert "built for cuda, but finds no device" in report["machine"]["accelerator"]
+
+
 def test_no_command_prints_help(tmp_path):
     done = run(cwd=tmp_path)
     assert done.returncode == 0

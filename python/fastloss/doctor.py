@@ -90,8 +90,19 @@ def machine_facts() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "torch_threads": torch.get_num_threads(),
+        "accelerator": _accelerator_facts(),
         "huge_pages": pages,
     }
+
+
+def _accelerator_facts() -> str:
+    built_for = torch.accelerator.current_accelerator()
+    if built_for is None:
+        return "none: this torch is built for CPUs"
+    if torch.accelerator.current_accelerator(check_available=True) is None:
+        return f"none: this torch is built for {built_for.type}, but finds no device, or no driver for it"
+    module = getattr(torch, built_for.type)
+    return ", ".join(module.get_device_name(i) for i in range(torch.accelerator.device_count()))
 
 
 def _cpu_model() -> str:
