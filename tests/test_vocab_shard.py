@@ -442,6 +442,44 @@ def test_a_weight_that_was_sharded_again(two, freed):
         assert isinstance(found, RuntimeError) and "module.unshard()" in str(found)
 
 
+def beside_plain(name: str) -> None:
+    mesh = init_device_mesh("cpu", (2,))
+
+    def spread(x: Tensor) -> Tensor:
+        return distribute_tensor(x, mesh, [Replicate()])
+
+    x, hidden, head = numbers(N, V), numbers(N, H), numbers(V, H)
+    if name == "target":
+        fastloss.cross_entropy(x, spread(classes()))
+    elif name == "target_logits":
+        fastloss.kl_div_with_logits(x, spread(x))
+    elif name == "input":
+        fastloss.linear_cross_entropy(spread(hidden), head, classes())
+    elif name == "labels":
+        fastloss.linear_cross_entropy(hidden, head, spread(classes()))
+    else:
+        fastloss.linear_cross_entropy(hidden, spread(head), classes())
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    {
+        "target": "target: got a DTensor beside a plain input",
+        "target_logits": "target_logits: got a DTensor beside a plain input",
+        "input": "input: got a DTensor beside a plain linear_weight",
+        "labels": "target: got a DTensor beside a plain input",
+        "linear_weight": "linear_weight: got a DTensor beside a plain input",
+    }.items(),
+)
+def test_a_dtensor_beside_plain_tensors(two, name, says):
+    """What is said is about these tensors: of LM heads and FSDP only where it is the head."""
+    for error in two.fails(beside_plain, name):
+        assert type(error) is RuntimeError and says in str(error)
+        of_head = name == "linear_weight"
+        assert ("unshard()" in str(error)) == of_head == ("grad_placements" in str(error))
+        assert ("full_tensor()" in str(error)) or of_head
+
+
 def data_parallel(empty: bool) -> list[Tensor]:
     """Sums and the global number of tokens; a rank may have none that counts."""
     rank = dist.get_rank()
