@@ -46,7 +46,7 @@ def row_result(rows: Rows) -> RowResult:
     log_p = torch.log_softmax(z, -1)
     lse = torch.logsumexp(z, -1)
     entropy = -expectation(log_p, log_p)
-    loss, log_prob = _OBJECTIVES[rows.spec.objective](rows, z, log_p)
+    loss, log_prob = _OBJECTIVES[rows.spec.objective.value](rows, z, log_p)
     if rows.spec.z_loss:
         loss = loss + rows.spec.z_loss * lse**2
     valid = valid_rows(rows)
@@ -120,14 +120,15 @@ def _js(rows: Rows, z: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
     return beta * _kl(log_q, log_m) + (1 - beta) * _kl(log_p, log_m), expectation(log_q, log_p)
 
 
+# By the number: torch.compile before 2.12 hashes no Objective inside torch.func.grad.
 _OBJECTIVES = {
-    Objective.INDEX: _index,
-    Objective.PROBS: _probs,
-    Objective.TOPK: _topk,
-    Objective.TOPK_TAIL: _topk_tail,
-    Objective.FORWARD_KL: _forward_kl,
-    Objective.REVERSE_KL: _reverse_kl,
-    Objective.JS: _js,
+    Objective.INDEX.value: _index,
+    Objective.PROBS.value: _probs,
+    Objective.TOPK.value: _topk,
+    Objective.TOPK_TAIL.value: _topk_tail,
+    Objective.FORWARD_KL.value: _forward_kl,
+    Objective.REVERSE_KL.value: _reverse_kl,
+    Objective.JS.value: _js,
 }
 
 
