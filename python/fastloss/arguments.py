@@ -242,6 +242,23 @@ def beside(tensor: Tensor, name: str, input: Tensor, shape: torch.Size, integral
     return tensor.long() if integral else tensor
 
 
+def as_row_mask(row_mask: Tensor | None, input: Tensor) -> Tensor | None:
+    """Which rows of logits (..., V) are read, as (N,)."""
+    if row_mask is None:
+        return None
+    shape = input.shape[:-1]
+    if not isinstance(row_mask, Tensor):
+        raise TypeError(f"row_mask: expected a bool Tensor or None, got {type(row_mask).__name__}")
+    if row_mask.dtype != torch.bool or row_mask.shape != shape:
+        raise ValueError(
+            f"row_mask: expected a bool Tensor of shape {tuple(shape)}, True where a row is read, got "
+            f"{row_mask.dtype} {tuple(row_mask.shape)}"
+        )
+    if row_mask.device != input.device:
+        raise RuntimeError(f"row_mask: expected a tensor on {input.device} like input, got one on {row_mask.device}")
+    return row_mask.reshape(-1)
+
+
 def as_reduction(
     input: Tensor,
     reduction: str,

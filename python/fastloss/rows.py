@@ -136,7 +136,7 @@ class PerRow(torch.autograd.Function):
             return None, *nothing
         if not _is_compiling() and any(map(needs_formula, four)):
             _refuse_inplace_twice(ctx.inplace)
-            return _formula_grad(lambda: reference.row_result(rows), input, four), *nothing
+            return _formula_grad(lambda: reference.row_result(reference.quiet(rows, *four)), input, four), *nothing
         grad = call_row_grad(rows, stats, four, input.detach() if ctx.inplace else None)
         if ctx.inplace:
             _tell_overwritten(input)
@@ -186,7 +186,7 @@ class Selected(torch.autograd.Function):
         input, index, stats = ctx.saved_tensors
         chosen, entropy = upstream
         if not _is_compiling() and any(map(needs_formula, upstream)):
-            outputs = lambda: reference.selected(input, index, ctx.spec)  # noqa: E731
+            outputs = lambda: reference.selected(reference.quiet(Rows(input, index, None, ctx.spec), *upstream))  # noqa: E731
             return _formula_grad(outputs, input, list(upstream)), None, None, None
         if chosen is None and entropy is None:
             return None, None, None, None
@@ -208,12 +208,15 @@ def selected_upstream(
     if chosen is not None:
         probs = torch.where(rows.target != rows.spec.ignore_index, -chosen, 0)
     stats = torch.stack([*stats[:3], probs.sum(1), stats[4]])  # the mass is the probabilities' sum
-    return rows._replace(probs=probs), stats, [stats.new_ones(len(probs)), None, None, entropy]
+    one = (probs != 0).any(1).to(stats.dtype)  # but a row of which nothing is wanted must have none
+    return rows._replace(probs=probs), stats, [one, None, None, entropy]
 
 
 def selected(input: Tensor, index: Tensor, spec: Spec, extras: bool, by_formula: bool = False) -> tuple[Tensor, Tensor]:
     """Log-probabilities (N, K) of chosen classes and, with `extras`, the entropy (N,); differentiable."""
-    return reference.selected(input, index, spec) if by_formula else Selected.apply(input, index, spec, extras)
+    if by_formula:
+        return reference.selected(Rows(input, index, None, spec))
+    return Selected.apply(input, index, spec, extras)
 
 
 # The upstream gradient of the last backward. A training loop's is the same at every step (1, one over the accumulation
@@ -306,7 +309,12 @@ def _reduced_formula(ctx: Any, upstream: Tensor) -> Tensor:
     """The gradient as a differentiable function of the logits and of the upstream gradient."""
     _refuse_inplace_twice(ctx.state[4])
     rows, to = _saved(ctx)
-    return _formula_grad(lambda: [reduce_rows(reference.row_result(rows).loss, rows, to)], rows.input, [upstream])
+
+    def loss() -> list[Tensor]:
+        result = reference.row_result(reference.quiet(rows, to.token_weight))
+        return [reduce_rows(result.loss, rows, to)]
+
+    return _formula_grad(loss, rows.input, [upstream])
 
 
 def _formula_grad(outputs: Callable[[], Any], input: Tensor, upstream: list[Any]) -> Tensor:
