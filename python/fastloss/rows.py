@@ -136,7 +136,9 @@ class PerRow(torch.autograd.Function):
             return None, *nothing
         if not _is_compiling() and any(map(needs_formula, four)):
             _refuse_inplace_twice(ctx.inplace)
-            return _formula_grad(lambda: reference.row_result(reference.quiet(rows, *four)), input, four), *nothing
+            return _formula_grad(
+                lambda: reference.row_result(reference.quiet(rows, *unbatched(four))), input, four
+            ), *nothing
         grad = call_row_grad(rows, stats, four, input.detach() if ctx.inplace else None)
         if ctx.inplace:
             _tell_overwritten(input)
@@ -175,7 +177,7 @@ class Selected(torch.autograd.Function):
         rows = Rows(input, index, None, spec, none)
         _, stats, *_ = call_row_loss(rows, extras)
         ctx.save_for_backward(input, index, stats)
-        ctx.spec = spec
+        ctx.spec, ctx.extras = spec, extras
         ctx.set_materialize_grads(False)
         listed = input.gather(1, torch.where(index == spec.ignore_index, 0, index))
         log_prob = selected_log_probs(reference.transform(listed, spec), rows, stats)
@@ -184,9 +186,10 @@ class Selected(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> Any:
         input, index, stats = ctx.saved_tensors
-        chosen, entropy = upstream
+        chosen, entropy = upstream[0], upstream[1] if ctx.extras else None  # else it is empty, and may have a gradient
         if not _is_compiling() and any(map(needs_formula, upstream)):
-            outputs = lambda: reference.selected(reference.quiet(Rows(input, index, None, ctx.spec), *upstream))  # noqa: E731
+            rows, factors = Rows(input, index, None, ctx.spec), unbatched(upstream)
+            outputs = lambda: reference.selected(reference.quiet(rows, *factors))  # noqa: E731
             return _formula_grad(outputs, input, list(upstream)), None, None, None
         if chosen is None and entropy is None:
             return None, None, None, None
@@ -298,6 +301,13 @@ def _grad_again(ctx: Any, grad: Tensor | None, upstream: float | Tensor) -> Tens
 def needs_formula(upstream: Tensor | None) -> bool:
     """Whether a backward is itself differentiated (create_graph=True) or batched (vmap, is_grads_batched=True)."""
     return _grad_enabled() or transforming() or (upstream is not None and _is_batched(upstream))
+
+
+def unbatched(upstream: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Upstream gradients that may decide what a formula reads; none where they are batched, and each sample's are
+    different."""
+    batched = transforming() or any(g is not None and _is_batched(g) for g in upstream)
+    return [] if batched else list(upstream)
 
 
 def saved_hooks_active() -> bool:

@@ -22,6 +22,7 @@ from ..rows import (
     record_spec,
     selected_log_probs,
     selected_upstream,
+    unbatched,
 )
 from ..spec import Reduction, Rows
 from . import blocks, grads
@@ -226,10 +227,13 @@ class PerRow(torch.autograd.Function):
         if all(g is None for g in upstream):
             return None, None, None, *nothing
         if not torch.compiler.is_compiling() and any(map(needs_formula, upstream)):
-            return *_formula_grads(_formula(ctx.listed), given, ctx.needs, list(upstream), upstream), *nothing
+            return *_formula_grads(
+                _formula(ctx.listed), given, ctx.needs, list(upstream), unbatched(upstream)
+            ), *nothing
         four: list[Tensor | None] = [*upstream, None, None, None][:4]
         if ctx.listed:
-            rows, stats, four = selected_upstream(given.rows, stats, *upstream)
+            entropy = upstream[1] if ctx.extras else None  # else it is empty, and may have a gradient
+            rows, stats, four = selected_upstream(given.rows, stats, upstream[0], entropy)
             given = given._replace(rows=rows)
         made = torch.ops.fastloss.linear_row_grad(*flat(given), stats, four, ctx.needs)
         return *as_inputs(made, given), *nothing
