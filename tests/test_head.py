@@ -66,11 +66,9 @@ def assert_right(given: LinearRows, extras: bool) -> None:
     compared = [(loss, same[0], truth[0]), *zip(stats[:, :], same[1], truth[1], strict=True)]
     # The centre is the kernel's own choice: it counts with what is beside it.
     pairs = [compared[0], tuple(s[0].double() + s[1].double() for s in (stats, same[1], truth[1])), *compared[3:]]
-    counts = torch.ones_like(loss, dtype=torch.bool)
-    if not extras:
-        valid = rows.target != -100
-        counts, pairs = valid if valid.dim() == 1 else valid.any(-1), pairs[:-1]
-        assert (loss[~counts] == 0).all() and (stats[:, ~counts] == 0).all()
+    valid = rows.target != -100
+    counts, pairs = valid if valid.dim() == 1 else valid.any(-1), pairs if extras else pairs[:-1]
+    assert (loss[~counts] == 0).all() and (stats[:, ~counts] == 0).all()
     for name, (a, b, t) in zip(("loss", "lse", "log_prob", "mass", "entropy"), pairs, strict=False):
         allowed, found = (error(x[counts], t[counts], 1.0) for x in (b, a))
         limit = (allowed if allowed < float("inf") else 0) + (1e-12 if torch.float64 == F else 2e-6)
@@ -78,7 +76,8 @@ def assert_right(given: LinearRows, extras: bool) -> None:
     if extras:
         z = given._replace(head=Head(*(t.double() for t in head))).materialised().input
         best = z.gather(1, argmax[:, None])[:, 0]
-        torch.testing.assert_close(best, z.max(1).values, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(best[counts], z.max(1).values[counts], rtol=1e-5, atol=1e-5)
+        assert not argmax[~counts].any()
     assert listed.shape == (len(loss), rows.target.shape[1] if rows.probs is not None else 0)
 
 

@@ -47,6 +47,34 @@ def test_rank_of_equal_and_ignored(engine):
     assert stats.log_prob[2] == -torch.inf and stats.log_prob[3] == 0
 
 
+def test_the_logit_is_what_was_read(engine):
+    """Not lse + log_prob, which at 1e4 has three digits."""
+    x = torch.tensor([[1e4, 3.14159, 0.0], [-2.5, 1e30, -1e30], [7.0, -torch.inf, 1.0], [1.0, 2.0, 3.0]])
+    y = torch.tensor([1, 0, 1, -100])
+    stats = fastloss.row_stats(x, y)
+    want = torch.tensor([3.14159, -2.5, -torch.inf, 0.0])
+    assert torch.equal(stats.logit, want)
+    softcapped = fastloss.row_stats(x[:1], y[:1], softcap=30.0, temperature=2.0, logit_scale=0.5).logit
+    torch.testing.assert_close(softcapped, 30 * torch.tanh(0.5 * x[:1, 1] / 30) / 2)
+
+
+def test_the_logit_has_its_gradient(engine, generator):
+    """Alone, and beside those of the other statistics; of an ignored row none."""
+    x = torch.randn(5, 9, generator=generator).requires_grad_()
+    y = torch.tensor([1, 8, -100, 0, 3])
+    g = torch.randn(3, 5, generator=generator)
+    for kinds in (1, 3):
+        stats = fastloss.row_stats(x, y, softcap=2.0)
+        total = sum((s * v).sum() for s, v in zip((stats.logit, stats.lse, stats.entropy)[:kinds], g, strict=False))
+        (got,) = torch.autograd.grad(total, x)
+        z = 2 * torch.tanh(x.double() / 2)
+        valid, p = y != -100, z.softmax(1)
+        logit = z.gather(1, torch.where(valid, y, 0)[:, None])[:, 0]
+        others = z.logsumexp(1), -(p * z.log_softmax(1)).sum(1)
+        want = sum((s * v * valid).sum() for s, v in zip((logit, *others)[:kinds], g.double(), strict=False))
+        torch.testing.assert_close(got.double(), torch.autograd.grad(want, x)[0].double(), rtol=1e-5, atol=1e-6)
+
+
 def test_row_stats_without_a_target(engine, generator):
     x = torch.randn(2, 3, 50, generator=generator)
     stats = fastloss.row_stats(x)

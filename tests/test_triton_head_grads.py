@@ -84,7 +84,7 @@ def test_in_another_shape(log, options, generator):  # noqa: F811
 
 @pytest.mark.parametrize("filter_eps", [0.0, 1e-7])
 def test_upstream_of_everything(log, filter_eps, generator):  # noqa: F811
-    """Losses, lse, log-probabilities and entropies at once, of ignored rows too."""
+    """Losses, lse, log-probabilities and entropies at once; of ignored rows upstream gradients that mean nothing."""
     check(4, 150, 24, torch.bfloat16, generator, "none", return_stats=True, filter_eps=filter_eps, **OPTIONS["bias"])
     options = {**OPTIONS["softcap"], "label_smoothing": 0.1}
     check(4, 150, 24, torch.float16, generator, "mean", return_stats=True, filter_eps=filter_eps, **options)
@@ -162,6 +162,8 @@ def test_ignored_rows_are_in_no_product(log, weighted, generator):  # noqa: F811
     y[torch.randperm(140, generator=generator)[:80]] = -100
     token_weight = torch.where(torch.arange(140) % 7 == 0, 0.0, 0.5) if weighted else None
     counts = y != -100 if token_weight is None else (y != -100) & (token_weight != 0)
+    clean = hidden.clone()
+    hidden[~counts] = torch.nan
 
     def run(where: slice | torch.Tensor) -> list[torch.Tensor]:
         log.clear()
@@ -170,7 +172,7 @@ def test_ignored_rows_are_in_no_product(log, weighted, generator):  # noqa: F811
         loss = fastloss.linear_cross_entropy(*inputs, y[where], token_weight=mine, filter_eps=0.0)
         return [loss.detach(), *torch.autograd.grad(loss, inputs)]
 
-    with patch.object(chunks, "without_effect", lambda *_: None):  # as it is there
+    with patch.object(chunks, "may_wait_for", lambda device: False):  # as it is there
         loss, *found = run(slice(None))
         taken = multiplied(log)
         alone, *of_some = run(counts)
@@ -178,12 +180,50 @@ def test_ignored_rows_are_in_no_product(log, weighted, generator):  # noqa: F811
     torch.testing.assert_close(loss, alone)
     assert not found[0][~counts].any()
     torch.testing.assert_close([found[0][counts], found[1]], of_some, rtol=1e-2, atol=1e-5)
-    exact = [t.double().requires_grad_() for t in (hidden, weight)]
+    exact = [t.double().requires_grad_() for t in (clean, weight)]
     losses = F.cross_entropy(F.linear(*exact), y, reduction="none")
     weights = counts.double() if token_weight is None else token_weight.double() * counts
     ((losses * weights).sum() / weights.sum()).backward()
     for ours, want in zip(found, exact, strict=True):
         assert (ours.double() - want.grad).norm() < 5e-3 * want.grad.norm()
+
+
+def test_rows_that_no_one_reads_are_in_no_product(log, generator):  # noqa: F811
+    """Of statistics, too: backward as many operations of tensor cores as for the rows that have upstream gradients,
+    forward as for those that are not ignored. The others hold NaN."""
+    (hidden, weight, _), y = head(140, 130, 32, torch.bfloat16, generator)
+    order = torch.randperm(140, generator=generator)
+    y[y == -100] = 0
+    y[order[:80]] = -100
+    upstream, read, clean = torch.zeros(3, 140), order[100:], hidden.clone()
+    upstream[:, read] = torch.rand(3, 40, generator=generator) + 0.1
+    hidden[order[:100]] = torch.nan
+
+    def run(where: torch.Tensor) -> tuple[list[torch.Tensor], int, int]:
+        inputs = [hidden[where].clone().requires_grad_(), weight.clone().requires_grad_()]
+        _, stats = fastloss.linear_cross_entropy(*inputs, y[where], filter_eps=0.0, return_stats=True)
+        forward = multiplied(log)
+        log.clear()
+        grads = torch.autograd.grad(stats[:3], inputs, list(upstream[:, where]))
+        backward = multiplied(log)
+        log.clear()
+        return [torch.stack(stats[:3]).detach(), *grads], forward, backward
+
+    with patch.object(chunks, "may_wait_for", lambda device: False):
+        (stats, *found), forward, backward = run(torch.arange(140))
+        (alone, *of_some), _, of_read = run(read)
+        _, of_counted, _ = run(order[80:])
+    assert 0 < forward == of_counted and 0 < backward == of_read
+    assert not stats[:, order[:80]].any() and not found[0][order[:100]].any()
+    torch.testing.assert_close(stats[:, read], alone)
+    torch.testing.assert_close([found[0][read], found[1]], of_some, rtol=1e-2, atol=1e-4)
+    exact = [t.double().requires_grad_() for t in (clean[read], weight)]
+    z = F.linear(*exact)
+    log_p = z.log_softmax(1)
+    want = z.logsumexp(1), log_p.gather(1, y[read][:, None])[:, 0], -(log_p.exp() * log_p).sum(1)
+    grads = torch.autograd.grad(want, exact, list(upstream[:, read].double()))
+    for ours, truth in zip((found[0][read], found[1]), grads, strict=True):
+        assert (ours.double() - truth).norm() < 5e-3 * truth.norm()
 
 
 def test_rows_that_do_not_count(log, generator):  # noqa: F811

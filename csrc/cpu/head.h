@@ -60,7 +60,7 @@ class HeadLoss {
         segment_(round_up(std::max<int64_t>((V_ + kSegments - 1) / kSegments, 1), kSlice)),
         segments_((V_ + segment_ - 1) / segment_) {
     for (int64_t i = 0; i < rows.input.rows; ++i)
-      if (out.extras || !rows.ignored(i))
+      if (!rows.ignored(i))
         which_.push_back(i);
       else
         write_row(rows, i, 0, {}, out, stats_);

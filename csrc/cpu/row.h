@@ -50,13 +50,15 @@ struct Columns {
   }
 };
 
-// Row i's loss and statistics into the outputs, of what `rows` says of it.
+// Row i's loss and statistics into the outputs; of an ignored row they must be zero.
 template <class F>
 inline void write_row(const Rows& rows, int64_t i, double loss, RowStats<double> s, const RowOutputs& out,
                       const Columns<F>& stats) {
-  if (rows.ignored(i)) s.log_prob = s.mass = loss = 0;
   static_cast<F*>(out.loss)[i] = F(loss);
   stats.put(i, s);
+  if (!rows.ignored(i)) return;  // nobody wrote these
+  if (out.argmax) out.argmax[i] = 0;
+  if (out.rank) out.rank[i] = 0;
 }
 
 // fn(first column, columns, tile) over V columns: whole vectors, then what is left.

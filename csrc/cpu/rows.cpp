@@ -36,7 +36,7 @@ void for_rows(const Rows& rows, const ClassWeights<F>& weights, Fn&& fn) {
   });
 }
 
-// Loss and statistics of a row; with extras of an ignored one, too.
+// Loss and statistics of a row that is not ignored.
 template <class F>
 RowStats<double> evaluate(Row<F>& row, int64_t i, const RowOutputs& out, double* loss) {
   if (!out.extras) {
@@ -53,7 +53,7 @@ template <class F>
 void row_loss_of(Row<F>& row, int64_t i, const Rows& rows, const RowOutputs& out, const Columns<F>& stats) {
   double value = 0;
   RowStats<double> s = {};
-  if (!rows.ignored(i) || out.extras) s = evaluate(row, i, out, &value);
+  if (!rows.ignored(i)) s = evaluate(row, i, out, &value);
   write_row(rows, i, value, s, out, stats);
 }
 template <class F>
@@ -97,7 +97,7 @@ void row_grad(const Rows& rows, const void* stats_data, const Vector upstream[4]
     for (int64_t i = begin; i < end; ++i) {
       Upstream<double> g{upstream[0].at(i, F(0)), upstream[1].at(i, F(0)), upstream[2].at(i, F(0)),
                          upstream[3].at(i, F(0))};
-      if (rows.ignored(i)) g.loss = g.log_prob = 0;
+      if (rows.ignored(i)) g = {};
       if (g.loss == 0 && g.lse == 0 && g.log_prob == 0 && g.entropy == 0)
         write_zeros<F>(grad, i);
       else
@@ -129,8 +129,12 @@ double row_loss_grad(const Rows& rows, const Reduced& r) {
       if (rows.ignored(i) || w == 0) {
         if (r.grad.data) write_zeros<F>(r.grad, i);
       } else if (r.grad.data) {
+        const double g = r.upstream * w / denominator;
         losses[size_t(i)] = w * row.template loss<true>(i);
-        row.gradient(i, {r.upstream * w / denominator, 0, 0, 0}, {r.grad.row(i), r.grad.dtype, r.streaming});
+        if (g == 0)  // zero times a NaN would be one
+          write_zeros<F>(r.grad, i);
+        else
+          row.gradient(i, {g, 0, 0, 0}, {r.grad.row(i), r.grad.dtype, r.streaming});
       } else {
         losses[size_t(i)] = w * row.template loss<false>(i);
       }

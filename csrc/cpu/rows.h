@@ -12,7 +12,7 @@ struct RowOutputs {
   void* stats = nullptr;      // (kStats, N)
   int64_t* argmax = nullptr;  // (N,), or null
   int64_t* rank = nullptr;    // (N,) of class indices, or null
-  bool extras = false;        // entropy too, and the statistics of ignored rows
+  bool extras = false;        // entropy too
   bool whole = false;         // stats hold those of whole rows, of which these are a part (kJS)
   void* listed = nullptr;     // (N, picks): of head_loss, the logits of what targets list
 };

@@ -43,7 +43,7 @@ FASTLOSS_DEVICE Upstream<F> upstream_of(const Upstreams& u, int64_t row, bool ig
   Upstream<F> g{u.losses.at(row, F(u.loss)), u.lse.at(row, F(0)), u.log_prob.at(row, F(0)), u.entropy.at(row, F(0))};
   g.loss *= u.token_weight.at(row, F(1));
   if (u.denominator) g.loss = quotient(g.loss, scalar<F>(u.denominator));
-  if (ignored) g.loss = g.log_prob = 0;
+  if (ignored) g = {};
   return g;
 }
 

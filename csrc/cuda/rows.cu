@@ -41,11 +41,10 @@ FASTLOSS_DEVICE void say_gradient(const Rows& rows, const Listed<F>& listed, con
 template <bool kListed, bool kGeneral>
 __global__ void __launch_bounds__(kMaxThreads, 1) row_states(const StatesArgs a) {
   const Place at(a.cut, a.rows);
-  const bool ignored = a.rows.ignored(at.row);
-  if (ignored && !a.parts) return;  // nobody will ask for it
+  if (a.rows.ignored(at.row)) return;  // nobody will ask for it
   const Slice<E> slice = slice_of(a.rows, at);
   Columns<F> columns(a.rows, at.row, at.begin);
-  if (kGeneral && a.parts && a.rows.spec.objective == Objective::kIndex && !ignored)
+  if (kGeneral && a.parts && a.rows.spec.objective == Objective::kIndex)
     columns.rival = element<F>(a.rows.input.row(at.row), a.rows.input.dtype, target_of(a.rows, at.row));
   const Listed<F> listed = listed_of(a.rows, a.cut.columns);
   const bool tail = kListed && a.rows.spec.objective == Objective::kTopKTail;
@@ -81,7 +80,6 @@ FASTLOSS_DEVICE RowState<F> merged(const StatsArgs& a, int64_t row, int64_t* arg
 
 FASTLOSS_DEVICE void write_stats(const StatsArgs& a, int64_t row, RowStats<F> s, F loss, int64_t argmax,
                                  int64_t above) {
-  if (a.rows.ignored(row)) s.log_prob = s.mass = loss = 0, above = 0;
   const F fields[kStats] = {s.centre, s.log_sum, s.log_prob, s.mass, s.entropy};
   for (int k = 0; k < kStats; ++k) static_cast<F*>(a.stats)[k * a.rows.input.rows + row] = fields[k];
   static_cast<F*>(a.loss)[row] = loss;
@@ -96,7 +94,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) row_stats(const StatsArgs a) {
   F value = 0;
   RowStats<F> s{0, 0, 0, 0, 0};
   int64_t argmax = 0, above = 0;
-  if (!a.rows.ignored(row) || a.argmax) {
+  if (!a.rows.ignored(row)) {
     const RowState<F> state = merged(a, row, &argmax, &above);
     const Columns<F> columns(a.rows, row, 0);
     const RowTarget<F> target = row_target(a.rows, row, target_of(a.rows, row), columns, state);
@@ -117,7 +115,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) listed_stats(const StatsArgs a
   F value = 0;
   RowStats<F> s{0, 0, 0, 0, 0};
   int64_t argmax = 0, above = 0;
-  if (!a.rows.ignored(row) || a.argmax)
+  if (!a.rows.ignored(row))
     s = finish_listed(a.rows, listed, merged(a, row, &argmax, &above), columns.scale, &value);
   if (lane_id() == 0) write_stats(a, row, s, value, argmax, above);
 }

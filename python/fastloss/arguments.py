@@ -242,6 +242,20 @@ def beside(tensor: Tensor, name: str, input: Tensor, shape: torch.Size, integral
     return tensor.long() if integral else tensor
 
 
+def as_row_mask(mask: Tensor | None, name: str, shape: torch.Size) -> Tensor | None:
+    """Which rows count, as (N,)."""
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{name}: expected a bool Tensor or None, got {type(mask).__name__}")
+    if mask.dtype != torch.bool or mask.shape != shape:
+        raise ValueError(
+            f"{name}: expected a bool Tensor of shape {tuple(shape)}, True where a row counts, got {mask.dtype} "
+            f"{tuple(mask.shape)}"
+        )
+    return mask.reshape(-1)
+
+
 def as_reduction(
     input: Tensor,
     reduction: str,
@@ -256,13 +270,8 @@ def as_reduction(
         raise ValueError(f"reduction: expected one of {', '.join(kinds)}, got {reduction!r}")
     shape, dtype = input.shape[:-1], COMPUTE_DTYPE[input.dtype]
     weights = None if token_weight is None else check_token_weight(token_weight, input, shape)
-    if mask is not None:
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != shape:
-            got = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
-            raise ValueError(
-                f"mask: expected a bool Tensor of shape {tuple(shape)}, True where a row counts, got {got}"
-            )
-        counts = mask.reshape(-1)
+    counts = as_row_mask(mask, "mask", shape)
+    if counts is not None:
         weights = counts.to(dtype) if weights is None else torch.where(counts, weights, 0)
     if reduction == "batchmean":
         if normalizer is not None:

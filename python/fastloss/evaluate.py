@@ -26,6 +26,8 @@ def reduced_loss(rows: Rows, to: Reduction, inplace: bool = False, shard: VocabS
         loss = entrances.reduced(rows, to, inplace)
         if loss is not None:
             return loss
+    if to.token_weight is not None and needs_reference(rows):
+        rows = reference.quiet(rows, to.token_weight)
     return reduce_rows(row_losses(rows, inplace=inplace).loss, rows, to).to(to.dtype)
 
 
@@ -42,8 +44,8 @@ def row_losses(
     result = reference.row_result(rows)
     if not extras:
         return entrances.RowLoss(*result)
-    argmax = reference.transform(rows.input.detach(), rows.spec).argmax(-1)
-    return entrances.RowLoss(*result, argmax, reference.rank(rows))
+    logit = reference.target_logits(rows) if rows.spec.objective == Objective.INDEX else None
+    return entrances.RowLoss(*result, reference.argmax(rows), reference.rank(rows), logit)
 
 
 def needs_reference(rows: Rows, *vectors: Tensor | None) -> bool:

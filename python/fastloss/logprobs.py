@@ -18,8 +18,8 @@ from .spec import COMPUTE_DTYPE, Objective, Rows, make_spec
 
 class RowStats(NamedTuple):
     """Statistics of each row in the compute dtype, (...): `lse`, `logit`, `log_prob` and `entropy` are differentiable,
-    `argmax` and `rank` int64. Without a target `logit`, `log_prob` and `rank` are None; where it is ignored, `log_prob`
-    and `rank` are 0, and `logit` the lse."""
+    `argmax` and `rank` int64. Without a target `logit`, `log_prob` and `rank` are None. Of rows whose target is
+    ignored, or where `row_mask` is False, all are 0 and have no gradient: nobody reads such a row's logits."""
 
     lse: Tensor
     logit: Tensor | None
@@ -38,6 +38,7 @@ def row_stats(
     temperature: float = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    row_mask: Tensor | None = None,
     shard: VocabShard | None = None,
 ) -> RowStats:
     r"""``lse = z.logsumexp(-1)``, ``log_prob = z.log_softmax(-1).gather(-1, target[..., None])[..., 0]``,
@@ -51,8 +52,10 @@ def row_stats(
     Args:
         input: logits (..., V); float32, bfloat16, float16 or float64, any strides.
         target: (...) class indices, or None.
-        ignore_index: targets of this index are none.
+        ignore_index: rows with a target of this index are left out. Without a target no row is.
         temperature, softcap, logit_scale: > 0.
+        row_mask: (...) bool, or None. Rows where it is False are left out, too: whatever they hold, NaN included, their
+            statistics are zero and so is their gradient.
         shard: a `VocabShard`, where each rank of a process group has some of the classes; without `rank`.
 
     Returns:
@@ -67,19 +70,37 @@ def row_stats(
     >>> stats.rank, stats.log_prob
     (tensor([1]), tensor([-2.1698]))
     """
-    x = arguments.classes_last(input)
+    rows = _stats_rows(input, target, row_mask, (ignore_index, temperature, softcap, logit_scale))
     shape = input.shape[:-1]
-    spec = make_spec(ignore_index, 0.0, 0.0, softcap, logit_scale, Objective.INDEX, temperature)
-    if target is None:
-        y = x.new_full((x.shape[0],), spec.ignore_index, dtype=torch.int64)
-    else:
-        y = arguments.beside(target, "target", input, shape, integral=True).reshape(-1)
-    row = row_losses(Rows(x, y, None, spec), extras=True, shard=shard)
-    lse, log_prob, entropy, argmax, rank = (None if t is None else t.reshape(shape) for t in row[1:6])
-    assert lse is not None and log_prob is not None and entropy is not None and argmax is not None
+    row = row_losses(rows, extras=True, shard=shard)
+    lse, log_prob, entropy, argmax = (t.reshape(shape) for t in row[1:5] if t is not None)
     if target is None:
         return RowStats(lse, None, None, entropy, argmax, None)
-    return RowStats(lse, log_prob + lse, log_prob, entropy, argmax, rank)
+    rank, logit = (None if t is None else t.reshape(shape) for t in (row.rank, row.logit))
+    return RowStats(lse, logit, log_prob, entropy, argmax, rank)
+
+
+def _stats_rows(input: Tensor, target: Tensor | None, row_mask: Tensor | None, numbers: tuple[Any, ...]) -> Rows:
+    """Checked rows of logits (..., V) for `row_stats`; numbers: ignore_index, temperature, softcap, logit_scale.
+    Without a target each row lists one class of no probability: rows that are ignored would be left out."""
+    x, (ignore_index, temperature, softcap, logit_scale) = arguments.classes_last(input), numbers
+    counts = arguments.as_row_mask(row_mask, "row_mask", input.shape[:-1])
+    objective = Objective.TOPK if target is None else Objective.INDEX
+    spec = make_spec(ignore_index, 0.0, 0.0, softcap, logit_scale, objective, temperature)
+    if target is not None:
+        y = arguments.beside(target, "target", input, input.shape[:-1], integral=True).reshape(-1)
+        return Rows(x, _masked(y, counts, spec.ignore_index), None, spec)
+    spec = spec._replace(ignore_index=-100)  # which might be the class that is listed
+    y = x.new_zeros((x.shape[0], 1), dtype=torch.int64)
+    probs = x.new_zeros(y.shape, dtype=COMPUTE_DTYPE[x.dtype])
+    return Rows(x, _masked(y, counts, spec.ignore_index), None, spec, probs)
+
+
+def _masked(y: Tensor, counts: Tensor | None, ignore_index: int) -> Tensor:
+    """Class indices (N,) or (N, K), ignored in rows that do not count (N,)."""
+    if counts is None:
+        return y
+    return torch.where(counts if y.dim() == 1 else counts[:, None], y, ignore_index)
 
 
 @public_loss
@@ -89,20 +110,22 @@ def softmax_entropy(
     temperature: float = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    row_mask: Tensor | None = None,
     shard: VocabShard | None = None,
 ) -> Tensor:
     r"""``-(input.softmax(-1) * input.log_softmax(-1)).sum(-1)``
 
     Args:
         input: logits (..., V). A class whose logit is -inf does not exist: 0 log 0 is 0.
-        temperature, softcap, logit_scale, shard: as in `row_stats`.
+        temperature, softcap, logit_scale, row_mask, shard: as in `row_stats`.
 
     Returns:
         (...), float32 (float64 for float64 logits), in nats; differentiable.
 
     Memory: O(N + V); in the backward the gradient.
     """
-    return row_stats(input, temperature=temperature, softcap=softcap, logit_scale=logit_scale, shard=shard).entropy
+    options: dict[str, Any] = {"temperature": temperature, "softcap": softcap, "logit_scale": logit_scale}
+    return row_stats(input, **options, row_mask=row_mask, shard=shard).entropy
 
 
 @overload
@@ -115,6 +138,7 @@ def selective_log_softmax(
     ignore_index: int = ...,
     softcap: float | None = ...,
     logit_scale: float = ...,
+    row_mask: Tensor | None = ...,
     shard: VocabShard | None = ...,
 ) -> Tensor: ...
 
@@ -129,6 +153,7 @@ def selective_log_softmax(
     ignore_index: int = ...,
     softcap: float | None = ...,
     logit_scale: float = ...,
+    row_mask: Tensor | None = ...,
     shard: VocabShard | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -143,6 +168,7 @@ def selective_log_softmax(
     ignore_index: int = -100,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    row_mask: Tensor | None = None,
     shard: VocabShard | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""``(input / temperature).log_softmax(-1).gather(-1, index)``
@@ -155,8 +181,11 @@ def selective_log_softmax(
         index: (...), one class of each row, or (..., K); int64, int32 or uint8. The result has its shape.
         temperature: > 0, divides the logits.
         return_entropy: also the entropy of each row, (...); differentiable.
-        ignore_index: where the index is this, the result is 0 and has no gradient.
+        ignore_index: where the index is this, the result is 0 and has no gradient. A row of nothing else is left out:
+            its entropy is 0, too.
         softcap, logit_scale: > 0, as in `cross_entropy`.
+        row_mask: (...) bool, or None. Rows where it is False are left out: nobody reads their logits, which may hold
+            NaN; their results are zero and so is their gradient.
         shard: a `VocabShard`, where each rank of a process group has some of the classes.
 
     Returns:
@@ -167,7 +196,7 @@ def selective_log_softmax(
 
     Memory: O(N K + V); in the backward the gradient.
     """
-    chosen, expected = selective_rows(input, index, (ignore_index, temperature, softcap, logit_scale))
+    chosen, expected = selective_rows(input, index, (ignore_index, temperature, softcap, logit_scale), row_mask)
     if chosen.probs is None:
         log_prob, entropy = of_one_class(row_losses(chosen, extras=return_entropy, shard=shard))
     elif shard is None:
@@ -185,11 +214,13 @@ def of_one_class(row: RowLoss) -> tuple[Tensor, Tensor]:
     return log_prob, log_prob if row.entropy is None else row.entropy
 
 
-def selective_rows(input: Tensor, index: Tensor, numbers: tuple[Any, ...]) -> tuple[Rows, torch.Size]:
+def selective_rows(
+    input: Tensor, index: Tensor, numbers: tuple[Any, ...], row_mask: Tensor | None
+) -> tuple[Rows, torch.Size]:
     """Checked rows of logits (..., V) and the classes (...) or (..., K) chosen of them, and the result's shape;
     numbers: ignore_index, temperature, softcap, logit_scale. `probs` is given where many are chosen."""
     ignore_index, temperature, softcap, logit_scale = numbers
-    x = arguments.classes_last(input)
+    x, counts = arguments.classes_last(input), arguments.as_row_mask(row_mask, "row_mask", input.shape[:-1])
     many = isinstance(index, Tensor) and index.dim() == input.dim()
     expected = torch.Size((*input.shape[:-1], index.shape[-1])) if many else input.shape[:-1]
     y = arguments.beside(index, "index", input, expected, integral=True)
@@ -197,4 +228,4 @@ def selective_rows(input: Tensor, index: Tensor, numbers: tuple[Any, ...]) -> tu
     spec = make_spec(ignore_index, 0.0, 0.0, softcap, logit_scale, objective, temperature)
     y = y.reshape(x.shape[0], index.shape[-1]) if many else y.reshape(-1)
     probs = x.new_zeros(y.shape, dtype=COMPUTE_DTYPE[x.dtype]) if many else None
-    return Rows(x, y, None, spec, probs), expected
+    return Rows(x, _masked(y, counts, spec.ignore_index), None, spec, probs), expected

@@ -16,6 +16,19 @@ def valid_rows(rows: Rows) -> Tensor | None:
     return valid if valid.dim() == 1 else valid.any(-1)
 
 
+def rows_that_count(rows: Rows, *factors: Tensor | None) -> Tensor | None:
+    """Which rows (N,) have an effect: those that are not ignored and whose factors, (N,) or (N, K) token weights or
+    upstream gradients, are not all zero. None where nothing can tell."""
+    counts = valid_rows(rows)
+    given = [g != 0 if g.dim() == 1 else (g != 0).any(-1) for g in factors if g is not None]
+    if not given:
+        return counts
+    some = given[0]
+    for more in given[1:]:
+        some = some | more
+    return some if counts is None else counts & some
+
+
 def reduce_rows(loss: Tensor, rows: Rows, to: Reduction, target_weight: Tensor | None = None) -> Tensor:
     """`loss` (N,) is zero where the target is ignored. A mean divides by the summed weights of the rows that count;
     `target_weight` (N,) are those of their classes, by default looked up in rows.weight. Zero times infinity is zero:

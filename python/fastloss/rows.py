@@ -103,6 +103,7 @@ class RowLoss(NamedTuple):
     entropy: Tensor | None = None
     argmax: Tensor | None = None
     rank: Tensor | None = None
+    logit: Tensor | None = None  # transformed, of a class index
     target_weight: Tensor | None = None  # of rows whose classes other ranks have
 
 
@@ -120,30 +121,53 @@ class PerRow(torch.autograd.Function):
         extras: bool,
         inplace: bool,
     ) -> Any:
-        loss, stats, argmax, rank = call_row_loss(Rows(input, target, weight, spec, probs), extras)
+        rows = Rows(input, target, weight, spec, probs)
+        loss, stats, argmax, rank = call_row_loss(rows, extras)
         save(ctx, input, target, weight, probs, stats)
         ctx.spec, ctx.inplace = spec, inplace
         if not extras:
             return loss
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(argmax, rank)
-        return loss, stats[0] + stats[1], stats[2].clone(), stats[4].clone(), argmax, rank
+        indexed = spec.objective == Objective.INDEX
+        logit = reference.target_logits(rows) if indexed else loss.new_empty(0)
+        ctx.mark_non_differentiable(argmax, rank, *(() if indexed else (logit,)))
+        return loss, stats[0] + stats[1], stats[2].clone(), stats[4].clone(), argmax, rank, logit
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> Any:
         input, target, weight, probs, stats = saved(ctx)
         rows = Rows(input, target, weight, ctx.spec, probs)
-        four: list[Tensor | None] = [*upstream, None, None, None][:4]
-        nothing = [None] * 6
+        if (
+            ctx.spec.objective != Objective.INDEX
+        ):  # without an index the logit is empty, which traced code differentiates
+            upstream = upstream[:6]
+        four, nothing = _upstream_of(*upstream), [None] * 6
         if all(g is None for g in four):
             return None, *nothing
         if not _is_compiling() and any(map(needs_formula, four)):
             _refuse_inplace_twice(ctx.inplace)
-            return _formula_grad(lambda: reference.row_result(rows), input, four), *nothing
+            return _formula_grad(
+                lambda: reference.row_result(reference.quiet(rows, *unbatched(four))), input, four
+            ), *nothing
         grad = call_row_grad(rows, stats, four, input.detach() if ctx.inplace else None)
         if ctx.inplace:
             _tell_overwritten(input)
         return grad, *nothing
+
+
+def _upstream_of(
+    loss: Tensor | None,
+    lse: Tensor | None = None,
+    log_prob: Tensor | None = None,
+    entropy: Tensor | None = None,
+    argmax: Tensor | None = None,
+    rank: Tensor | None = None,
+    logit: Tensor | None = None,
+) -> list[Tensor | None]:
+    """Those of (loss, lse, log_prob, entropy), from those of the fields of RowLoss: a logit is lse + log_prob."""
+    if logit is not None:
+        lse, log_prob = (logit if g is None else g + logit for g in (lse, log_prob))
+    return [loss, lse, log_prob, entropy]
 
 
 def call_row_loss(rows: Rows, extras: bool, whole: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -178,7 +202,7 @@ class Selected(torch.autograd.Function):
         rows = Rows(input, index, None, spec, none)
         _, stats, *_ = call_row_loss(rows, extras)
         save(ctx, input, index, stats)
-        ctx.spec = spec
+        ctx.spec, ctx.extras = spec, extras
         ctx.set_materialize_grads(False)
         listed = input.gather(1, torch.where(index == spec.ignore_index, 0, index))
         log_prob = selected_log_probs(reference.transform(listed, spec), rows, stats)
@@ -187,9 +211,10 @@ class Selected(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> Any:
         input, index, stats = saved(ctx)
-        chosen, entropy = upstream
+        chosen, entropy = upstream[0], upstream[1] if ctx.extras else None  # else it is empty, and may have a gradient
         if not _is_compiling() and any(map(needs_formula, upstream)):
-            outputs = lambda: reference.selected(input, index, ctx.spec)  # noqa: E731
+            rows, factors = Rows(input, index, None, ctx.spec), unbatched(upstream)
+            outputs = lambda: reference.selected(reference.quiet(rows, *factors))  # noqa: E731
             return _formula_grad(outputs, input, list(upstream)), None, None, None
         if chosen is None and entropy is None:
             return None, None, None, None
@@ -211,12 +236,15 @@ def selected_upstream(
     if chosen is not None:
         probs = torch.where(rows.target != rows.spec.ignore_index, -chosen, 0)
     stats = torch.stack([*stats[:3], probs.sum(1), stats[4]])  # the mass is the probabilities' sum
-    return rows._replace(probs=probs), stats, [stats.new_ones(len(probs)), None, None, entropy]
+    one = (probs != 0).any(1).to(stats.dtype)  # but a row of which nothing is wanted must have none
+    return rows._replace(probs=probs), stats, [one, None, None, entropy]
 
 
 def selected(input: Tensor, index: Tensor, spec: Spec, extras: bool, by_formula: bool = False) -> tuple[Tensor, Tensor]:
     """Log-probabilities (N, K) of chosen classes and, with `extras`, the entropy (N,); differentiable."""
-    return reference.selected(input, index, spec) if by_formula else Selected.apply(input, index, spec, extras)
+    if by_formula:
+        return reference.selected(Rows(input, index, None, spec))
+    return Selected.apply(input, index, spec, extras)
 
 
 # The upstream gradient of the last backward. A training loop's is the same at every step (1, one over the accumulation
@@ -300,6 +328,13 @@ def needs_formula(upstream: Tensor | None) -> bool:
     return _grad_enabled() or transforming() or (upstream is not None and _is_batched(upstream))
 
 
+def unbatched(upstream: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Upstream gradients that may decide what a formula reads; none where they are batched, and each sample's are
+    different."""
+    batched = transforming() or any(g is not None and _is_batched(g) for g in upstream)
+    return [] if batched else list(upstream)
+
+
 def saved_hooks_active() -> bool:
     """Whether what autograd saves goes through somebody's hands: activation checkpointing, offloading."""
     return not _is_compiling() and _saved_hooks(True) is not None
@@ -309,7 +344,12 @@ def _reduced_formula(ctx: Any, upstream: Tensor) -> Tensor:
     """The gradient as a differentiable function of the logits and of the upstream gradient."""
     _refuse_inplace_twice(ctx.state[4])
     rows, to = _saved(ctx)
-    return _formula_grad(lambda: [reduce_rows(reference.row_result(rows).loss, rows, to)], rows.input, [upstream])
+
+    def loss() -> list[Tensor]:
+        result = reference.row_result(reference.quiet(rows, to.token_weight))
+        return [reduce_rows(result.loss, rows, to)]
+
+    return _formula_grad(loss, rows.input, [upstream])
 
 
 def _formula_grad(outputs: Callable[[], Any], input: Tensor, upstream: list[Any]) -> Tensor:

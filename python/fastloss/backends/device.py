@@ -78,7 +78,7 @@ class Kernels(NamedTuple):
     # (rows, hidden, head): can logits stay on chip that are the product of these?
     takes_head: Callable[[Rows, Tensor, Tensor], bool] | None = None
     # (rows, hidden, head, bias, loss, stats, argmax, order): row_stats of rows that have no logits in memory, taken in
-    # an order (N,), or None
+    # an order (N,)
     head_stats: Callable[..., None] | None = None
     # (rows, upstream): the height and width of head_grad's tiles
     head_tiles: Callable[[Rows, Upstream], tuple[int, int]] | None = None
@@ -137,7 +137,7 @@ def head_loss(
     loss, stats, argmax = new(N, dtype=F), new((STATS, N), dtype=F), new(N if extras else 0, dtype=torch.int64)
     if N:
         # Tiles of a product hold either rows that count or rows that are ignored, of which there are no logits.
-        order = None if extras else set_first(rows.target != rows.spec.ignore_index)
+        order = set_first(rows.target != rows.spec.ignore_index)
         kernels.head_stats(*given, loss, stats, argmax if extras else None, order)
     return loss, stats, argmax, new((N, 0), dtype=F)
 

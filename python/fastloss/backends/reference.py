@@ -7,13 +7,13 @@ first: the native and GPU kernels compute exactly this.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..reduction import valid_rows
+from ..reduction import rows_that_count, valid_rows
 from ..saved import savable
 from ..spec import COMPUTE_DTYPE, Objective, Rows, Spec
 
@@ -21,8 +21,8 @@ ROUNDING = 1e-5  # what is left of one may be rounding; of a tail without classe
 
 
 class RowResult(NamedTuple):
-    """Per-row loss and statistics, (N,) each, in the compute dtype; loss and log_prob 0 where the target is ignored.
-    `log_prob` is its expectation under a target of more than one class."""
+    """Per-row loss and statistics, (N,) each, in the compute dtype; all 0 where the target is ignored. `log_prob` is
+    its expectation under a target of more than one class."""
 
     loss: Tensor
     lse: Tensor
@@ -42,6 +42,9 @@ def transform(input: Tensor, spec: Spec) -> Tensor:
 
 def row_result(rows: Rows) -> RowResult:
     """Loss and statistics of each row."""
+    valid = valid_rows(rows)
+    if valid is not None:
+        rows = _without(rows, ~valid)
     z = transform(rows.input, rows.spec)
     log_p = torch.log_softmax(z, -1)
     lse = torch.logsumexp(z, -1)
@@ -49,8 +52,32 @@ def row_result(rows: Rows) -> RowResult:
     loss, log_prob = _OBJECTIVES[rows.spec.objective.value](rows, z, log_p)
     if rows.spec.z_loss:
         loss = loss + rows.spec.z_loss * lse**2
-    valid = valid_rows(rows)
-    return RowResult(loss if valid is None else torch.where(valid, loss, 0), lse, log_prob, entropy)
+    result = RowResult(loss, lse, log_prob, entropy)
+    return result if valid is None else RowResult(*(torch.where(valid, value, 0) for value in result))
+
+
+def _without(rows: Rows, idle: Tensor) -> Rows:
+    """Zeros in place of the numbers of idle rows (N,): a NaN there would meet a gradient of zero, and zero times NaN is
+    NaN."""
+
+    def emptied(t: Tensor | None) -> Any:
+        return t if t is None or not t.is_floating_point() else torch.where(idle[:, None], 0, t)
+
+    return rows._replace(input=emptied(rows.input), target=emptied(rows.target), probs=emptied(rows.probs))
+
+
+def quiet(rows: Rows, *factors: Tensor | None) -> Rows:
+    """The rows, of which those without effect (see rows_that_count) hold no NaN and no infinity. Others keep their
+    numbers, also where a factor is zero: a second derivative reads them."""
+    counts = rows_that_count(rows, *factors)
+    if counts is None:
+        return rows
+    broken = torch.zeros_like(counts)
+    for t in (rows.input, rows.target, rows.probs):
+        if t is not None and t.is_floating_point():
+            t = t.detach()
+            broken = broken | ~(t < torch.inf).all(-1) | (t == -torch.inf).all(-1)
+    return _without(rows, broken & ~counts)
 
 
 def expectation(log_q: Tensor, values: Tensor) -> Tensor:
@@ -166,11 +193,13 @@ def smooth_probs(q: Tensor, weight: Tensor | None, spec: Spec) -> Tensor:
     return q if weight is None else q * weight
 
 
-def selected(input: Tensor, index: Tensor, spec: Spec) -> tuple[Tensor, Tensor]:
-    """(log-probabilities of classes (N, K), 0 where ignored; entropy (N,))."""
-    log_p = torch.log_softmax(transform(input, spec), -1)
-    valid = index != spec.ignore_index
-    return torch.where(valid, log_p.gather(1, torch.where(valid, index, 0)), 0), -expectation(log_p, log_p)
+def selected(rows: Rows) -> tuple[Tensor, Tensor]:
+    """(log-probabilities of the listed classes (N, K), 0 where ignored; entropy (N,), 0 where all are)."""
+    valid = rows.target != rows.spec.ignore_index
+    some = valid.any(-1)
+    log_p = torch.log_softmax(transform(_without(rows, ~some).input, rows.spec), -1)
+    log_prob = log_p.gather(1, torch.where(valid, rows.target, 0))
+    return torch.where(valid, log_prob, 0), torch.where(some, -expectation(log_p, log_p), 0)
 
 
 # ---- the backend interface ------------------------------------------------------------------------------------------
@@ -178,13 +207,29 @@ def selected(input: Tensor, index: Tensor, spec: Spec) -> tuple[Tensor, Tensor]:
 
 def row_loss(rows: Rows, extras: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss (N,), stats (5, N): centre, log_sum, log_prob, mass, entropy; with extras argmax (N,) and the rank (N,) of
-    a class index, the number of larger logits, else empty)."""
-    result = row_result(rows)
+    a class index, the number of larger logits, else empty). All are 0 of a row that is ignored."""
+    result, valid = row_result(rows), valid_rows(rows)
     z = transform(rows.input, rows.spec)
     top = z.amax(-1) if z.shape[-1] else result.lse
+    top = top if valid is None else torch.where(valid, top, 0)
     stats = torch.stack([top, result.lse - top, result.log_prob, _mass(rows), result.entropy])
     none = rows.input.new_empty(0, dtype=torch.int64)
-    return result.loss, stats, z.argmax(-1) if extras else none, rank(rows) if extras else none
+    return result.loss, stats, argmax(rows) if extras else none, rank(rows) if extras else none
+
+
+def argmax(rows: Rows) -> Tensor:
+    """The most probable class, (N,); 0 where the target is ignored."""
+    largest, valid = transform(rows.input.detach(), rows.spec).argmax(-1), valid_rows(rows)
+    return largest if valid is None else torch.where(valid, largest, 0)
+
+
+def target_logits(rows: Rows) -> Tensor:
+    """The transformed logit of each row's class index, (N,), as it was read; 0 where that is ignored."""
+    valid = rows.target != rows.spec.ignore_index
+    if not rows.input.shape[1]:
+        return torch.zeros_like(rows.target, dtype=rows.compute_dtype)
+    x_y = rows.input.gather(1, torch.where(valid, rows.target, 0)[:, None])[:, 0]
+    return torch.where(valid, transform(x_y, rows.spec), 0)
 
 
 def rank(rows: Rows) -> Tensor:
@@ -226,8 +271,7 @@ def row_grad(rows: Rows, stats: Tensor, upstream: list[Tensor | None], out: Tens
     for g in (g for _, g in pairs):
         asked = asked | (g != 0)
     valid = valid_rows(rows)
-    if upstream[1] is None and upstream[3] is None and valid is not None:
-        asked = asked & valid
+    asked = asked if valid is None else asked & valid
     dx = torch.where(asked[:, None], dx, 0)  # exact zeros even where the row holds NaN
     return dx if out is None else out.copy_(dx)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..parallel.merge import Log, Part, Whole, rest_of, rows_of
 from ..spec import COMPUTE_DTYPE, Objective, Reduction, Rows
 from . import grads
-from .chunks import Chunk, equal_parts, not_asked_for, row_loss
+from .chunks import Chunk, equal_parts, row_loss, without_effect
 from .grads import HeadGrads
 from .heads import LinearRows, empty, filters, row_bytes, sum_bytes
 
@@ -45,7 +45,7 @@ def loss_and_grads(given: LinearRows, to: Reduction, needs: list[bool]) -> tuple
         of_hidden.add(chunk)
 
     loss, stats, *_ = row_loss(given, False, None, to.token_weight, add if needs[0] else None)
-    hidden, *_ = of_hidden.result(not_asked_for(rows, four))
+    hidden, *_ = of_hidden.result(without_effect(rows, *four))
     return grads.summed(loss, rows, to), [hidden, *_weight_grads(given, stats, four, needs, divisor)]
 
 
@@ -61,7 +61,7 @@ def _weight_grads(
     """From statistics and upstream gradients of rows as kernels have them."""
     whole, V = _whole(given.rows, stats), given.head.weight.shape[0]
     of_outcome = _of_outcome(given.rows, whole, upstream)
-    return weight_grads(given, Part(0, V, V), whole, of_outcome, needs, not_asked_for(given.rows, upstream), divisor)
+    return weight_grads(given, Part(0, V, V), whole, of_outcome, needs, without_effect(given.rows, *upstream), divisor)
 
 
 def weight_grads(

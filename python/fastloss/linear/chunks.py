@@ -5,7 +5,7 @@ The kernels of rows of logits do not know; every loss and every backend comes th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from ..arguments import check_indices
 from ..backends import Backend
 from ..backends.device import set_first
-from ..reduction import valid_rows
+from ..reduction import rows_that_count
 from ..spec import Rows
 from .heads import Head, LinearRows, empty, on_chip
 
@@ -22,11 +22,13 @@ _PANEL = 12  # chunks are whole panels of the matrix product's
 
 
 class Chunk(NamedTuple):
-    """Some of the rows: which, their hidden states, and their logits in memory that the next chunk will use."""
+    """Some of the rows: which, their hidden states, and their logits in memory that the next chunk will use. `idle`
+    (n,): those without effect, where they could not be left out; their hidden states may be anything."""
 
     where: slice | Tensor
     hidden: Tensor
     rows: Rows
+    idle: Tensor | None = None
 
     def of(self, vector: Tensor | None) -> Tensor | None:
         """A vector's (N, ...) part of these rows."""
@@ -36,11 +38,12 @@ class Chunk(NamedTuple):
 def chunks(
     given: LinearRows, backend: Backend, skipped: Tensor | None = None, filled: bool = True, order: Tensor | None = None
 ) -> Iterator[Chunk]:
-    """The rows that are not skipped, or all in an order (N,), in equal parts; not `filled`, there is only memory for
-    their logits."""
+    """The rows that are not skipped (N,), or all in an order (N,), in equal parts; not `filled`, there is only memory
+    for their logits. Where nobody may wait for the number of skipped rows, they are there as idle ones."""
     rows, head, teacher = given.rows, given.head, given.teacher
     _check(rows)
-    index = order if skipped is None else (~skipped).nonzero()[:, 0]
+    idle = None if skipped is None or may_wait_for(skipped.device) else skipped
+    index = order if skipped is None or idle is not None else (~skipped).nonzero()[:, 0]
     N = rows.input.shape[0] if index is None else len(index)
     if N == 0:
         return
@@ -57,7 +60,8 @@ def chunks(
         else:
             target = _fill(target_buffer, teacher.hidden[where], teacher, backend)
         probs = None if rows.probs is None else rows.probs[where]
-        yield Chunk(where, hidden, rows._replace(input=logits, target=target, probs=probs))
+        some = rows._replace(input=logits, target=target, probs=probs)
+        yield Chunk(where, hidden, some, None if idle is None else idle[where])
 
 
 def _check(rows: Rows) -> None:
@@ -85,37 +89,25 @@ def _fill(buffer: Tensor, hidden: Tensor, head: Head, backend: Backend) -> Tenso
     return logits
 
 
-def without_effect(rows: Rows, token_weight: Tensor | None = None) -> Tensor | None:
-    """The rows (N,) that need no logits at all: ignored, or of no weight. None where all do, and on devices, where it
-    would have to be waited for."""
-    if rows.target.device.type != "cpu":
+def may_wait_for(device: torch.device) -> bool:
+    """Whether numbers of its tensors may be read here: a CPU has them already, others would have to be waited for."""
+    return device.type == "cpu"
+
+
+def without_effect(rows: Rows, *factors: Tensor | None) -> Tensor | None:
+    """The rows (N,) that need no logits at all: ignored, or their factors (see rows_that_count) all zero. None where
+    there are none, as far as it may be waited for."""
+    counts = rows_that_count(rows, *factors)
+    if counts is None or (may_wait_for(counts.device) and bool(counts.all())):
         return None
-    effect = _with_effect(rows, token_weight)
-    return None if effect is None or bool(effect.all()) else ~effect
+    return ~counts
 
 
-def _with_effect(rows: Rows, token_weight: Tensor | None) -> Tensor | None:
-    """The others; None where there are no targets to be ignored, and no weights."""
-    valid = valid_rows(rows)
-    if token_weight is None:
-        return valid
-    return token_weight != 0 if valid is None else valid & (token_weight != 0)
-
-
-def not_asked_for(rows: Rows, upstream: Sequence[Tensor | None]) -> Tensor | None:
-    """Those without effect for upstream gradients (N,) of losses and, of all rows, other statistics."""
-    return without_effect(rows, upstream[0]) if _of_losses_alone(upstream) else None
-
-
-def asked_for_first(rows: Rows, upstream: Sequence[Tensor | None]) -> Tensor | None:
-    """An order (N,) of rows in which those without effect come last, as `not_asked_for`, but for devices, where their
-    number is not known; None where all have."""
-    effect = _with_effect(rows, upstream[0]) if _of_losses_alone(upstream) else None
-    return None if effect is None else set_first(effect)
-
-
-def _of_losses_alone(upstream: Sequence[Tensor | None]) -> bool:
-    return all(g is None for g in upstream[1:])
+def counting_first(rows: Rows, *factors: Tensor | None) -> Tensor | None:
+    """An order (N,) of rows in which those without effect come last, for devices, where their number is not known; None
+    where all have."""
+    counts = rows_that_count(rows, *factors)
+    return None if counts is None else set_first(counts)
 
 
 def row_loss(
@@ -126,14 +118,13 @@ def row_loss(
     then: Callable[[Chunk, Tensor], Any] | None = None,
 ) -> list[Tensor]:
     """Losses (N,), statistics (5, N) and argmax as native.row_loss has them; and of targets that list classes the
-    logits of those, (N, K). None of rows without effect, unless there are extras. `then` is given each chunk with its
+    logits of those, (N, K). All are zero of rows without effect that are left out. `then` is given each chunk with its
     statistics, and may do to its logits what it likes."""
     backend, rows = given.backend(), given.rows
     if whole is None and then is None and on_chip(given, backend):
         assert backend.head_loss is not None
-        weight = None if extras else token_weight
-        return list(backend.head_loss(_ignoring_weightless(rows, weight), *given.head, extras))
-    skipped = None if extras else without_effect(rows, token_weight)
+        return list(backend.head_loss(_ignoring_weightless(rows, token_weight), *given.head, extras))
+    skipped = without_effect(rows, token_weight)
     N, K = rows.input.shape[0], rows.target.shape[1] if rows.probs is not None else 0
     new, F = given.head.hidden.new_zeros, rows.compute_dtype
     out = [new(N, dtype=F), new((5, N), dtype=F), new(N if extras else 0, dtype=torch.int64)]

@@ -210,5 +210,6 @@ def _parts(rows: Rows, head: Head) -> list[tuple[Rows, Head]]:
 
 def _interleaved(each: list[RowLoss]) -> RowLoss:
     """(N,) of each position to (N * positions,)."""
-    fields = [torch.stack(field, 1).flatten() for field in zip(*each, strict=True) if field[0] is not None]
-    return RowLoss(*fields)
+    loss, *more = (None if f[0] is None else torch.stack(f, 1).flatten() for f in zip(*each, strict=True))
+    assert loss is not None
+    return RowLoss(loss, *more)

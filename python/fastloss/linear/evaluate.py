@@ -29,7 +29,7 @@ def reduced_loss(given: LinearRows, to: Reduction, shard: VocabShard | None = No
     if shard is not None:
         return parallel.reduced(over_shard(given, shard), rows, to)
     if _needs_reference(given, to.token_weight, to.normalizer):
-        return evaluate.reduced_loss(given.materialised(), to)
+        return evaluate.reduced_loss(given.materialised(to.token_weight), to)
     needs = needs_of(given.head)
     if to.kind == "none" or saved_hooks_active():  # checkpointing, offloading: no gradients in the forward
         return reduce_rows(per_row(given).loss, rows, to).to(to.dtype)
@@ -56,6 +56,5 @@ def selected(given: LinearRows, extras: bool, shard: VocabShard | None = None) -
     if shard is not None:
         return parallel.selected(over_shard(given, shard, parallel.Asked(extras, True)), given.rows)
     if _needs_reference(given):
-        rows = given.materialised()
-        return reference.selected(rows.input, rows.target, rows.spec)
+        return reference.selected(given.materialised())
     return PerRow.apply(*flat(given), extras, True, needs_of(given.head))

@@ -18,7 +18,7 @@ from ..parallel.merge import Part, Whole
 from ..parallel.rows import gradients
 from ..reduction import reduce_rows
 from ..spec import COMPUTE_DTYPE, Reduction, Rows
-from .chunks import Chunk, asked_for_first, chunks, not_asked_for, row_loss, without_effect
+from .chunks import Chunk, chunks, counting_first, row_loss, without_effect
 from .heads import Head, LinearRows, empty, filters, grads_on_chip, on_chip
 
 
@@ -54,6 +54,8 @@ class HeadGrads:
             self.under_way.append((None if self.begin_sum is None else self.begin_sum(part), where, part))
             self._put(len(self.under_way) - (self.begin_sum is not None))
         if self.needs[1]:
+            # Zero times NaN is NaN: the gradient of idle rows' logits is zero, but nobody knows what they are made of.
+            hidden = hidden if chunk.idle is None else hidden.masked_fill(chunk.idle[:, None], 0)
             matmul_t(dlogits.t(), hidden, self.weight, self.started)
         if self.needs[2]:
             total = dlogits.sum(0, dtype=self.bias.dtype)
@@ -81,7 +83,7 @@ class HeadGrads:
             self.weight.zero_()
             self.bias.zero_()
         if skipped is not None and self.needs[0]:
-            self.hidden[skipped] = 0
+            self.hidden.masked_fill_(skipped[:, None], 0)  # an index would wait for their number
         if self.divisor is not None:
             self.weight.div_(self.divisor)
             self.bias.div_(self.divisor)
@@ -156,7 +158,7 @@ def row_grads(
     """What losses and statistics give to the head, for their upstream gradients (N,), over a divisor."""
     backend = given.backend()
     tiled = grads_on_chip(given, backend)
-    skipped = not_asked_for(given.rows, upstream)
+    skipped = without_effect(given.rows, *upstream)
 
     def write(chunk: Chunk) -> Tiles | None:
         args = stats[:, chunk.where].contiguous(), [chunk.of(g) for g in upstream], chunk.rows.input
@@ -167,7 +169,7 @@ def row_grads(
         return backend.head_grad(chunk.rows, chunk.hidden, weight, bias, *args, given.filter_eps)
 
     # Rows that ask for nothing are tiles of their own, which no product takes.
-    order = asked_for_first(given.rows, upstream) if filters(given, backend) else None
+    order = counting_first(given.rows, *upstream) if filters(given, backend) else None
     return sum_up(given, HeadGrads(given.head, needs, backend.matmul, divisor), write, skipped, not tiled, order)
 
 

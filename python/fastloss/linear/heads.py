@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from ..backends import Backend, choose_for, native
+from ..backends.reference import quiet
 from ..parallel import VocabShard
+from ..reduction import rows_that_count
 from ..saved import savable
 from ..spec import COMPUTE_DTYPE, Rows
 
@@ -39,6 +41,14 @@ class Head(NamedTuple):
         bias = None if self.bias is None else self.bias[start:stop]
         return Head(self.hidden, self.weight[start:stop], bias)
 
+    def quiet(self, counts: Tensor | None) -> Head:
+        """Without hidden states that are not finite, in rows that do not count (N,): in the weight's matmul they would
+        meet a gradient of zero, and zero times NaN is NaN."""
+        if counts is None:
+            return self
+        broken = ~self.hidden.detach().isfinite().all(-1) & ~counts
+        return self._replace(hidden=torch.where(broken[:, None], 0, self.hidden))
+
     def logits(self) -> Tensor:
         """All of them, as a textbook writes it."""
         dtype = self.dtype
@@ -59,10 +69,12 @@ class LinearRows(NamedTuple):
     block_bytes: int
     filter_eps: float | None = None
 
-    def materialised(self) -> Rows:
-        """The rows with all their logits, for the reference alone."""
-        target = self.rows.target if self.teacher is None else self.teacher.logits()
-        return self.rows._replace(input=self.head.logits(), target=target)
+    def materialised(self, *factors: Tensor | None) -> Rows:
+        """The rows with all their logits, for the reference alone; those without effect (see rows_that_count of the
+        `factors`) with no NaN and no infinity."""
+        counts = rows_that_count(self.rows, *factors)
+        target = self.rows.target if self.teacher is None else self.teacher.quiet(counts).logits()
+        return quiet(self.rows._replace(input=self.head.quiet(counts).logits(), target=target), *factors)
 
     def backend(self) -> Backend:
         """Which one computes the rows."""

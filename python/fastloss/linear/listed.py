@@ -105,17 +105,21 @@ def linear_selective_log_softmax(
     ignore_index: int = -100,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    row_mask: Tensor | None = None,
     max_chunk_bytes: int = MAX_CHUNK_BYTES,
     shard: VocabShard | None = None,
 ) -> Any:
     r"""``fastloss.selective_log_softmax(F.linear(input, linear_weight, linear_bias), index, temperature=...)``
 
-    without the (..., V) logits: the log-likelihood of chosen tokens from hidden states, for RL and scoring.
+    without the (..., V) logits: the log-likelihood of chosen tokens from hidden states, for RL and scoring. Rows that
+    are ignored or masked cost nothing on CPUs, forward and backward, and rows whose results nobody reads (of which all
+    upstream gradients are zero) cost nothing backward. On GPUs, where nobody waits for their number, such rows are in
+    the matmuls, but what they hold is not: NaN there reaches no gradient.
 
     Args:
         input: hidden states (..., H); linear_weight: (V, H); linear_bias: (V).
         index: (...) or (..., K), int64, int32 or uint8.
-        temperature, return_entropy, ignore_index, softcap, logit_scale: as in `selective_log_softmax`.
+        temperature, return_entropy, ignore_index, softcap, logit_scale, row_mask: as in `selective_log_softmax`.
         max_chunk_bytes, shard: as in `linear_cross_entropy`.
 
     Returns:
@@ -126,7 +130,7 @@ def linear_selective_log_softmax(
     head = Head(input, linear_weight, linear_bias)
     arguments.check_linear(*head)
     logits = stand_in(head)
-    rows, expected = selective_rows(logits, index, (ignore_index, temperature, softcap, logit_scale))
+    rows, expected = selective_rows(logits, index, (ignore_index, temperature, softcap, logit_scale), row_mask)
     given = LinearRows(rows, flattened(head), None, *room(head, max_chunk_bytes, shard=shard))
     if rows.probs is not None:
         log_prob, entropy = selected(given, return_entropy, shard)

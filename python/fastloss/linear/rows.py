@@ -6,7 +6,7 @@ losses and statistics (N,) forward, for any upstream gradient; the backward make
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from ..rows import (
     record_spec,
     selected_log_probs,
     selected_upstream,
+    unbatched,
 )
 from ..saved import save as store
 from ..saved import saved as restore
@@ -123,15 +124,21 @@ def as_inputs(grads: Any, given: LinearRows, factor: Tensor | None = None) -> li
     return [None if t is None else g.to(t.dtype) for g, t in zip(grads, given.head, strict=True)]
 
 
-def _formula_grads(outputs: Callable[[Rows], Any], given: LinearRows, needs: list[bool], upstream: list[Any]) -> Any:
+def _formula_grads(
+    outputs: Callable[[Rows], Any],
+    given: LinearRows,
+    needs: list[bool],
+    upstream: list[Any],
+    factors: Sequence[Tensor | None],
+) -> Any:
     """The gradients as a differentiable function, by way of all logits (create_graph=True). Of aliases: hidden states
-    may be made from the very weight (tied embeddings), and what reaches it through them is autograd's to add."""
+    may be made from the very weight (tied embeddings), and what reaches it through them is autograd's to add. Rows
+    whose `factors` (N,) are zero have no effect."""
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         given = given._replace(head=Head(*(None if t is None else t.view_as(t) for t in given.head)))  # type: ignore[arg-type]
-        pairs = [
-            (y, g.to(y.dtype)) for y, g in zip(outputs(given.materialised()), upstream, strict=False) if g is not None
-        ]
+        made = outputs(given.materialised(*factors))
+        pairs = [(y, g.to(y.dtype)) for y, g in zip(made, upstream, strict=False) if g is not None]
         ys, gs = zip(*pairs, strict=True)
         inputs = [t for t, needed in zip(given.head, needs, strict=True) if needed and t is not None]
         grads = iter(torch.autograd.grad(ys, inputs, gs, create_graph=create_graph))
@@ -171,7 +178,7 @@ class Reduced(torch.autograd.Function):
         if not torch.compiler.is_compiling() and needs_formula(upstream):
             to = Reduction("sum", token_weight, normalizer, given.rows.compute_dtype)
             outputs = lambda rows: [reduce_rows(reference.row_result(rows).loss, rows, to)]  # noqa: E731
-            return *_formula_grads(outputs, given, needs, [upstream]), *nothing
+            return *_formula_grads(outputs, given, needs, [upstream], [token_weight]), *nothing
         if torch.compiler.is_compiling():
             return *as_inputs(traced, given, upstream), *nothing
         made = ctx.grads
@@ -222,10 +229,13 @@ class PerRow(torch.autograd.Function):
         if all(g is None for g in upstream):
             return None, None, None, *nothing
         if not torch.compiler.is_compiling() and any(map(needs_formula, upstream)):
-            return *_formula_grads(_formula(ctx.listed), given, ctx.needs, list(upstream)), *nothing
+            return *_formula_grads(
+                _formula(ctx.listed), given, ctx.needs, list(upstream), unbatched(upstream)
+            ), *nothing
         four: list[Tensor | None] = [*upstream, None, None, None][:4]
         if ctx.listed:
-            rows, stats, four = selected_upstream(given.rows, stats, *upstream)
+            entropy = upstream[1] if ctx.extras else None  # else it is empty, and may have a gradient
+            rows, stats, four = selected_upstream(given.rows, stats, upstream[0], entropy)
             given = given._replace(rows=rows)
         made = torch.ops.fastloss.linear_row_grad(*flat(given), stats, four, ctx.needs)
         return *as_inputs(made, given), *nothing
@@ -233,5 +243,5 @@ class PerRow(torch.autograd.Function):
 
 def _formula(listed: bool) -> Callable[[Rows], Any]:
     if listed:
-        return lambda rows: reference.selected(rows.input, rows.target, rows.spec)
+        return reference.selected
     return reference.row_result

@@ -21,7 +21,7 @@ from ..parallel.shard import group_named, group_of
 from ..rows import library
 from ..spec import COMPUTE_DTYPE, Objective, Rows
 from . import blocks, grads
-from .chunks import chunks, not_asked_for, row_loss
+from .chunks import chunks, row_loss, without_effect
 from .grads import HeadGrads
 from .heads import Head, LinearRows
 from .rows import SCHEMA, as_inputs, fake_grads, flat, needs_of, record, save, saved
@@ -129,7 +129,7 @@ def _head_grads(
 ) -> list[Tensor]:
     """Of this rank's part of the head, and of the hidden states over all ranks: a chunk's sum is under way while its
     part of the weight's, and the next chunk, are made."""
-    backend, skipped = given.backend(), not_asked_for(given.rows, upstream)
+    backend, skipped = given.backend(), without_effect(given.rows, *upstream)
     by_blocks = blocks.needed(given, needs)
     of_chunks = [needs[0], False, False] if by_blocks else needs
     sums = shard.ranks > 1 and shard.sum_hidden

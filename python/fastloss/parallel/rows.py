@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..arguments import check_indices
 from ..backends import choose_for, native
-from ..reduction import reduce_rows
+from ..reduction import reduce_rows, valid_rows
 from ..rows import RowLoss, call_row_grad, call_row_loss, needs_formula, transforming
 from ..saved import save as store
 from ..saved import saved as restore
@@ -105,8 +105,10 @@ def gradients(
         return row_grad(local, whole.stats, [loss, lse, None, entropy])
     # That of listed logits is a cross-entropy's that lists them, of negative probabilities and no weight in all.
     spec = local.spec._replace(z_loss=0.0, label_smoothing=0.0)
-    chosen = Rows(local.input, local.target, None, spec, torch.where(placed(rows, part)[1], -picked, 0))
-    one, zero = torch.ones_like(whole.loss), torch.zeros_like(whole.loss)
+    probs = torch.where(placed(rows, part)[1], -picked, 0)
+    chosen = Rows(local.input, local.target, None, spec, probs)
+    # A row of which nothing is wanted must have no upstream gradient.
+    one, zero = (probs != 0).any(1).to(whole.loss.dtype), torch.zeros_like(whole.loss)
     stats = torch.stack([*whole.stats[:2], zero, zero, whole.stats[4]])
     if loss is None:
         return row_grad(chosen, stats, [one, lse, None, entropy])
@@ -218,15 +220,20 @@ def reduced(found: Outcome, rows: Rows, to: Reduction) -> Tensor:
 
 
 def row_loss(found: Outcome, rows: Rows) -> RowLoss:
-    """The fields of RowLoss; there is no rank among classes of which each rank sees some."""
+    """The fields of RowLoss; there is no rank among classes of which each rank sees some. Of ignored rows, which no
+    rank reads, what was merged says nothing: their statistics are zero."""
     if found.centre is None or found.log_sum is None:
         return RowLoss(found.loss, target_weight=found.target_weight)
-    lse = found.centre + found.log_sum
+    valid, lse = valid_rows(rows), found.centre + found.log_sum
     if rows.spec.objective == Objective.INDEX:
         log_prob = log_probs(found, rows)[:, 0]
     else:
         log_prob = rows.spec.z_loss * lse**2 - found.loss
-    return RowLoss(found.loss, lse, log_prob, found.entropy, found.argmax, None, found.target_weight)
+    logit = None if found.picked is None else found.picked[:, 0]
+    stats = lse, log_prob, found.entropy, found.argmax, None, logit
+    if valid is not None:
+        stats = tuple(t if t is None else torch.where(valid, t, 0) for t in stats)  # type: ignore[assignment]
+    return RowLoss(found.loss, *stats, found.target_weight)
 
 
 def log_probs(found: Outcome, rows: Rows) -> Tensor:
@@ -239,4 +246,5 @@ def log_probs(found: Outcome, rows: Rows) -> Tensor:
 
 def selected(found: Outcome, rows: Rows) -> tuple[Tensor, Tensor]:
     """Log-probabilities (N, K) of the classes listed and, if asked for, the entropy (N,)."""
-    return log_probs(found, rows), found.loss if found.entropy is None else found.entropy
+    entropy, valid = found.loss if found.entropy is None else found.entropy, valid_rows(rows)
+    return log_probs(found, rows), entropy if valid is None else torch.where(valid, entropy, 0)

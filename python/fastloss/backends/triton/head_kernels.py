@@ -70,12 +70,10 @@ def head_states(
     F: tl.constexpr = states.dtype.element_ty
     row, slice = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.program_id(1)
     here, begin = row < N, slice * SLICE
-    if order is not None:
-        row = tl.load(order + row, mask=here, other=0)
+    row = tl.load(order + row, mask=here, other=0)
     y, ignored = label(tl.load(target + row, mask=here, other=ignore_index), V, ignore_index)
-    if not EXTRAS:  # noqa: SIM102 - one is known to the compiler, the other is not
-        if tl.min(ignored.to(tl.int32), 0) == 1:
-            return
+    if tl.min(ignored.to(tl.int32), 0) == 1:
+        return
     classes, cap, scale, eps = V.to(F), number(softcap, F), number(logit_scale, F), number(label_smoothing, F)
     unit = scale
     if GENERAL:
@@ -162,7 +160,8 @@ def head_grad(
     up, up_log_prob = at(g, i * g_stride, 0.0, F), at(log_prob, i * log_prob_stride, 0.0, F)
     up_lse, up_entropy = at(lse, i * lse_stride, 0.0, F), at(entropy, i * entropy_stride, 0.0, F)
     up, up_log_prob = tl.where(ignored, 0.0, up), tl.where(ignored, 0.0, up_log_prob)
-    up_lse, up_entropy = tl.where(here, up_lse, 0.0), tl.where(here, up_entropy, 0.0)
+    counts = here & (ignored == 0)
+    up_lse, up_entropy = tl.where(counts, up_lse, 0.0), tl.where(counts, up_entropy, 0.0)
     asked = tl.abs(up) + tl.abs(up_lse) + tl.abs(up_log_prob) + tl.abs(up_entropy)
     to = grad + row[:, None] * (grad_stride // GRAD_VECTOR * GRAD_VECTOR) + columns[None, :]
     written = here[:, None] & (columns < V // GRAD_VECTOR * GRAD_VECTOR)[None, :]

@@ -33,7 +33,7 @@ def head_stats(
     loss: Tensor,
     stats: Tensor,
     argmax: Tensor | None,
-    order: Tensor | None,
+    order: Tensor,
 ) -> None:
     """As row_stats, of rows whose logits are hidden (N, H) @ head (V, H).T + bias (V,), H contiguous."""
     (N, H), V, extras = hidden.shape, head.shape[0], argmax is not None

@@ -178,13 +178,14 @@ def listed_finish(
         log_sum = tl.where(s > 0, tl.log(s) + tl.where(lost == lost, lost, 0.0), 0.0)
     if EXTRAS:
         column = tl.load(states + 5, mask=there, other=0.0).to(tl.int64) + slice * BLOCK
-        tl.store(argmax + here, tl.min(tl.where(centres == top[:, None], column, V - 1), 1))
+        largest = tl.min(tl.where(centres == top[:, None], column, V - 1), 1)
+        tl.store(argmax + here, tl.where(ignored, 0, largest))
     tl.store(loss + here, tl.where(ignored, 0.0, value))
-    tl.store(stats + here, centre)
-    tl.store(stats + N + here, log_sum)
+    tl.store(stats + here, tl.where(ignored, 0.0, centre))
+    tl.store(stats + N + here, tl.where(ignored, 0.0, log_sum))
     tl.store(stats + 2 * N + here, tl.where(ignored, 0.0, log_prob))
     tl.store(stats + 3 * N + here, tl.where(ignored, 0.0, mass))
-    tl.store(stats + 4 * N + here, entropy)
+    tl.store(stats + 4 * N + here, tl.where(ignored, 0.0, entropy))
 
 
 @kernel
@@ -213,8 +214,9 @@ def listed_grad(
     y, share, w_y, counts = listed_classes(
         target + row * picks, probs + row * picks, weight, picks, V, ignore_index, F, PICKS
     )
-    if tl.sum(counts.to(tl.int32), 0) == 0:
-        up = up * 0.0
+    ignored = tl.sum(counts.to(tl.int32), 0) == 0
+    up, up_lse = tl.where(ignored, 0.0, up), tl.where(ignored, 0.0, up_lse)
+    up_entropy = tl.where(ignored, 0.0, up_entropy)
     if (up == 0) & (up_lse == 0) & (up_entropy == 0):
         for start in range(first, last, BLOCK):
             tl.store(grad + start + columns, tl.zeros((BLOCK,), F), mask=columns < V - start)

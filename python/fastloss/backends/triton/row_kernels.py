@@ -187,7 +187,7 @@ def row_states(
     F: tl.constexpr = states.dtype.element_ty
     SOFT: tl.constexpr = target.dtype.element_ty.is_floating()
     row, start = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK
-    if not SOFT and not EXTRAS and not LISTED:  # noqa: SIM102 - one is known to the compiler, the other is not
+    if not SOFT and not LISTED:  # noqa: SIM102 - one is known to the compiler, the other is not
         if tl.load(target + row) == ignore_index:
             return
     columns, classes, all_columns = tl.arange(0, BLOCK), V.to(F), V
@@ -210,10 +210,10 @@ def row_states(
         tl.store(states + 2, tl.sum(times(e, r), 0) * unit)
         tl.store(states + 5, tl.min(tl.where(z == top, columns, BLOCK), 0).to(F))
         if not SOFT and not LISTED:
-            y, ignored = label(tl.load(target + row), all_columns, ignore_index)
+            y, _ = label(tl.load(target + row), all_columns, ignore_index)
             raw = tl.load(x + columns, mask=columns < V, other=NOTHING).to(F)
             above = tl.sum((raw > tl.load(x - start + y).to(F)).to(tl.int32), 0)
-            tl.store(states + 6, tl.where(ignored, 0, above).to(F))
+            tl.store(states + 6, above.to(F))
     if GENERAL:
         probs = None
         if SOFT:
@@ -270,18 +270,18 @@ def row_finish(
     log_sum += tl.where(lost == lost, lost, 0.0)
     if EXTRAS:
         column = tl.load(states + 5, mask=there, other=0.0).to(tl.int64) + slice * BLOCK
-        tl.store(argmax + row, tl.min(tl.where(centres == top[:, None], column, V - 1), 1), mask=here)
+        largest = tl.min(tl.where(centres == top[:, None], column, V - 1), 1)
+        tl.store(argmax + row, tl.where(ignored, 0, largest), mask=here)
         if rank is not None:
-            tl.store(rank + row, tl.sum(tl.load(states + 6, mask=there, other=0.0).to(tl.int64), 1), mask=here)
-    else:
-        centre, log_sum = tl.where(ignored, 0.0, centre), tl.where(ignored, 0.0, log_sum)
-        entropy = tl.where(ignored, 0.0, entropy)
+            above = tl.sum(tl.load(states + 6, mask=there, other=0.0).to(tl.int64), 1)
+            tl.store(rank + row, tl.where(ignored, 0, above), mask=here)
+    # Of an ignored row there are no states: what was read is whatever the memory held.
     tl.store(loss + row, tl.where(ignored, 0.0, value), mask=here)
-    tl.store(stats + row, centre, mask=here)
-    tl.store(stats + N + row, log_sum, mask=here)
+    tl.store(stats + row, tl.where(ignored, 0.0, centre), mask=here)
+    tl.store(stats + N + row, tl.where(ignored, 0.0, log_sum), mask=here)
     tl.store(stats + 2 * N + row, tl.where(ignored, 0.0, log_prob), mask=here)
     tl.store(stats + 3 * N + row, tl.where(ignored, 0.0, mass), mask=here)
-    tl.store(stats + 4 * N + row, entropy, mask=here)
+    tl.store(stats + 4 * N + row, tl.where(ignored, 0.0, entropy), mask=here)
 
 
 @triton.jit
@@ -330,6 +330,7 @@ def row_grad(
         y, ignored = label(tl.load(target + row), V, ignore_index)
         w_y = at(weight, y, 1.0, F)
         up, up_log_prob = tl.where(ignored, 0.0, up), tl.where(ignored, 0.0, up_log_prob)
+        up_lse, up_entropy = tl.where(ignored, 0.0, up_lse), tl.where(ignored, 0.0, up_entropy)
     columns, V, classes = tl.arange(0, BLOCK), V // VECTOR * VECTOR, V.to(F)
     last = tl.minimum(first + PART, V)
     x += row * (x_stride // VECTOR * VECTOR)
