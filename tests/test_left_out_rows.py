@@ -15,6 +15,7 @@ from cases import TOLERANCE, Case
 from check import error, to
 from engines import ISAS, ONE_OF_EACH, on_engine
 from linear_calls import ALL_CASES, Call
+from ranks import ranks
 from torch import Tensor
 
 import fastloss
@@ -508,6 +509,31 @@ def test_transformed(masked, generator):
     (got,) = torch.func.grad(dense, (0,))(x)
     assert not got[unread].any()
     torch.testing.assert_close(got[~unread].double(), want, rtol=1e-4, atol=1e-4)
+
+
+def on_rank(K: int, masked: bool) -> list[Tensor]:
+    """What this rank has of log-probabilities, entropies, and the gradients of hidden states and of its classes."""
+    stats, shard = Stats(torch.Generator().manual_seed(5), K, masked), VocabShard.even(V)
+    h, w = stats.spoilt.requires_grad_(), stats.weight[shard.start : shard.stop].clone().requires_grad_()
+    found = fastloss.linear_selective_log_softmax(h, w, stats.target, return_entropy=True, shard=shard, **stats.mask)
+    sum(t.sum() for t in found).backward()
+    return [*(t.detach() for t in found), h.grad, w.grad]
+
+
+def test_ranks():
+    with ranks(2) as world:
+        for K, masked in EVERY_STATS:
+            stats = Stats(torch.Generator().manual_seed(5), K, masked)
+            found = [list(t) for t in zip(*world.run(on_rank, K, masked), strict=True)]
+            for name, (mine, other) in zip(("log_prob", "entropy", "hidden"), found, strict=False):
+                assert torch.equal(mine, other) and not mine[stats.unread].any(), name
+            counts = ~stats.unread
+            exact = [stats.hidden[counts].double().requires_grad_(), stats.weight.double().requires_grad_()]
+            _, log_prob, entropy = stats_textbook(exact[0] @ exact[1].t(), stats.y[counts])
+            want = [log_prob, entropy, *torch.autograd.grad(log_prob.sum() + entropy.sum(), exact)]
+            got = [*(t[0][counts] for t in found[:3]), torch.cat(found[3])]
+            for a, t in zip(got, want, strict=True):
+                torch.testing.assert_close(a.double(), t, rtol=1e-4, atol=1e-5)
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------------

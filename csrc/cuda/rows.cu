@@ -115,8 +115,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) listed_stats(const StatsArgs a
   F value = 0;
   RowStats<F> s{0, 0, 0, 0, 0};
   int64_t argmax = 0, above = 0;
-  if (!a.rows.ignored(row))
-    s = finish_listed(a.rows, listed, merged(a, row, &argmax, &above), columns.scale, &value);
+  if (!a.rows.ignored(row)) s = finish_listed(a.rows, listed, merged(a, row, &argmax, &above), columns.scale, &value);
   if (lane_id() == 0) write_stats(a, row, s, value, argmax, above);
 }
 

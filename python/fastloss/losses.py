@@ -21,8 +21,8 @@ class CrossEntropyStats(NamedTuple):
     """Per-target statistics in the compute dtype, shaped like the unreduced loss.
 
     `lse`, `log_prob` and `entropy` are differentiable. With class probabilities `log_prob` is their expectation
-    sum q log p (q weighted and smoothed as in the loss) and `correct` is None. Where the target is ignored, `log_prob`
-    is 0 and `correct` False.
+    sum q log p (q weighted and smoothed as in the loss) and `correct` is None. Where the target is ignored, all are 0,
+    `correct` False, and none has a gradient: nobody reads such a row, which may hold NaN.
     """
 
     lse: Tensor

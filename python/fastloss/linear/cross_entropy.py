@@ -98,8 +98,10 @@ def linear_cross_entropy(
     without the (N, C) logits: a drop-in for ``torch.nn.functional.linear_cross_entropy`` of torch 2.13, with everything
     that `fastloss.cross_entropy` has beyond torch. Logits are made some rows at a time, and become the gradients of
     `input`, `linear_weight` and `linear_bias` before the next: three matrix products in all, none for what needs no
-    gradient. Rows that are ignored or weigh nothing are left out: on CPUs always; on GPUs, where nobody waits for their
-    number, of products that are the kernels' own (losses without gradients, and `filter_eps`).
+    gradient. Rows that are ignored or weigh nothing, and in a backward those whose upstream gradients (of the
+    loss and all statistics) are zero, are left out: on CPUs of every matmul. On GPUs nobody waits for their number:
+    they are left out of the kernels' own matmuls (losses and statistics, and gradients with `filter_eps`), and others
+    take their hidden states for zeros. Whatever they hold, NaN included, reaches no gradient.
 
     Args:
         input: hidden states (..., H); float32, bfloat16, float16 or float64, any strides.
