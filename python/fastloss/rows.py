@@ -124,7 +124,7 @@ class PerRow(torch.autograd.Function):
             return loss
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(argmax, rank)
-        return loss, stats[0] + stats[1], stats[2].clone(), stats[4].clone(), argmax, rank
+        return loss, stats[0] + stats[1], stats[2].clone(), entropy_of(stats), argmax, rank
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> Any:
@@ -141,6 +141,12 @@ class PerRow(torch.autograd.Function):
         if ctx.inplace:
             _tell_overwritten(input)
         return grad, *nothing
+
+
+def entropy_of(stats: Tensor) -> Tensor:
+    """(N,), as users get it: what rounding leaves below zero would be NaN in a square root. The gradient is made of the
+    statistic itself."""
+    return stats[4].clamp(min=0)
 
 
 def call_row_loss(rows: Rows, extras: bool, whole: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -179,7 +185,7 @@ class Selected(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         listed = input.gather(1, torch.where(index == spec.ignore_index, 0, index))
         log_prob = selected_log_probs(reference.transform(listed, spec), rows, stats)
-        return log_prob, stats[4].clone() if extras else stats.new_empty(0)
+        return log_prob, entropy_of(stats) if extras else stats.new_empty(0)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> Any:

@@ -44,7 +44,7 @@ def row_result(rows: Rows) -> RowResult:
     z = transform(rows.input, rows.spec)
     log_p = torch.log_softmax(z, -1)
     lse = torch.logsumexp(z, -1)
-    entropy = -expectation(log_p, log_p)
+    entropy = -expectation(log_p, log_p)  # never below zero: no logarithm of a softmax is above it
     loss, log_prob = _OBJECTIVES[rows.spec.objective](rows, z, log_p)
     if rows.spec.z_loss:
         loss = loss + rows.spec.z_loss * lse**2
@@ -54,8 +54,11 @@ def row_result(rows: Rows) -> RowResult:
 
 def expectation(log_q: Tensor, values: Tensor) -> Tensor:
     """sum q values over the classes of q > 0: a masked class (log q = -inf) is taken out before products."""
-    nothing = log_q == -torch.inf
-    return (log_q.exp() * values.masked_fill(nothing, 0)).sum(-1)
+    return _weighted(log_q, values).sum(-1)
+
+
+def _weighted(log_q: Tensor, values: Tensor) -> Tensor:
+    return log_q.exp() * values.masked_fill(log_q == -torch.inf, 0)
 
 
 def _dot(w: Tensor, log_p: Tensor) -> Tensor:
@@ -112,11 +115,19 @@ def _reverse_kl(rows: Rows, z: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _js(rows: Rows, z: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
-    log_q, beta = _target_log_probs(rows), rows.spec.beta
+    u, beta = _target_logits(rows), rows.spec.beta
+    log_q = torch.log_softmax(u, -1)
     nowhere = (log_q == -torch.inf) & (log_p == -torch.inf)
     parts = log_q.masked_fill(nowhere, 0) + math.log(beta), log_p.masked_fill(nowhere, 0) + math.log1p(-beta)
     log_m = torch.logaddexp(*parts)
-    return beta * _kl(log_q, log_m) + (1 - beta) * _kl(log_p, log_m), expectation(log_q, log_p)
+    far = beta * _kl_terms(log_q, log_m) + (1 - beta) * _kl_terms(log_p, log_m)
+    # Logarithms of the size of log p have lost what log(p / m) is made of where p and q are alike.
+    p, q = torch.softmax(z, -1), torch.softmax(u, -1)
+    m = beta * q + (1 - beta) * p
+    alike = ((log_q - log_p).abs() < 0.3) & (m > 1e-30)
+    x = torch.where(alike, q - p, 0) / torch.where(alike, m, 1)  # (q - m) / m = (1 - beta) x
+    near = beta * q * torch.log1p((1 - beta) * x) + (1 - beta) * p * torch.log1p(-beta * x)
+    return torch.where(alike, near, far).sum(-1), expectation(log_q, log_p)
 
 
 _OBJECTIVES = {
@@ -132,12 +143,19 @@ _OBJECTIVES = {
 
 def _kl(log_q: Tensor, log_p: Tensor) -> Tensor:
     """KL(q || p)."""
-    nothing = log_q == -torch.inf
-    return expectation(log_q, log_q.masked_fill(nothing, 0) - log_p)
+    return _kl_terms(log_q, log_p).sum(-1)
+
+
+def _kl_terms(log_q: Tensor, log_p: Tensor) -> Tensor:
+    return _weighted(log_q, log_q.masked_fill(log_q == -torch.inf, 0) - log_p)
 
 
 def _target_log_probs(rows: Rows) -> Tensor:
-    return torch.log_softmax(rows.target.to(rows.compute_dtype) * rows.spec.target_scale, -1)
+    return torch.log_softmax(_target_logits(rows), -1)
+
+
+def _target_logits(rows: Rows) -> Tensor:
+    return rows.target.to(rows.compute_dtype) * rows.spec.target_scale
 
 
 def _class_weights(rows: Rows) -> Tensor | None:
