@@ -235,8 +235,8 @@ FASTLOSS_HD inline Coefficients<F> coefficients(const Spec& spec, const PairStat
     c.A -= g.loss * row.tilt;
     c.E = g.loss;
   } else {
-    c.A -= g.loss * (1 - F(spec.beta)) * row.tilt;
-    c.Q = -g.loss * (1 - F(spec.beta));
+    c.A -= g.loss * F(1 - spec.beta) * row.tilt;
+    c.Q = -g.loss * F(1 - spec.beta);
   }
   return c;
 }

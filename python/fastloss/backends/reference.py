@@ -54,11 +54,8 @@ def row_result(rows: Rows) -> RowResult:
 
 def expectation(log_q: Tensor, values: Tensor) -> Tensor:
     """sum q values over the classes of q > 0: a masked class (log q = -inf) is taken out before products."""
-    return _weighted(log_q, values).sum(-1)
-
-
-def _weighted(log_q: Tensor, values: Tensor) -> Tensor:
-    return log_q.exp() * values.masked_fill(log_q == -torch.inf, 0)
+    nothing = log_q == -torch.inf
+    return (log_q.exp() * values.masked_fill(nothing, 0)).sum(-1)
 
 
 def _dot(w: Tensor, log_p: Tensor) -> Tensor:
@@ -120,14 +117,19 @@ def _js(rows: Rows, z: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
     nowhere = (log_q == -torch.inf) & (log_p == -torch.inf)
     parts = log_q.masked_fill(nowhere, 0) + math.log(beta), log_p.masked_fill(nowhere, 0) + math.log1p(-beta)
     log_m = torch.logaddexp(*parts)
-    far = beta * _kl_terms(log_q, log_m) + (1 - beta) * _kl_terms(log_p, log_m)
-    # Logarithms of the size of log p have lost what log(p / m) is made of where p and q are alike.
     p, q = torch.softmax(z, -1), torch.softmax(u, -1)
     m = beta * q + (1 - beta) * p
-    alike = ((log_q - log_p).abs() < 0.3) & (m > 1e-30)
-    x = torch.where(alike, q - p, 0) / torch.where(alike, m, 1)  # (q - m) / m = (1 - beta) x
-    near = beta * q * torch.log1p((1 - beta) * x) + (1 - beta) * p * torch.log1p(-beta * x)
-    return torch.where(alike, near, far).sum(-1), expectation(log_q, log_p)
+    some = m > 1e-30
+    x = torch.where(some, q - p, 0) / torch.where(some, m, 1)  # (q - m) / m = (1 - beta) x, (p - m) / m = -beta x
+    of_q = beta * q * _log_quotient((1 - beta) * x, some, _finite(log_q) - log_m)
+    of_p = (1 - beta) * p * _log_quotient(-beta * x, some, _finite(log_p) - log_m)
+    return (of_q + of_p).sum(-1), expectation(log_q, log_p)
+
+
+def _log_quotient(y: Tensor, some: Tensor, far: Tensor) -> Tensor:
+    """log(1 + y); `far`, a difference of logarithms, has lost digits of it where y is little."""
+    near = some & (y.abs() < 0.4)
+    return torch.where(near, torch.log1p(torch.where(near, y, 0)), far)
 
 
 _OBJECTIVES = {
@@ -143,11 +145,12 @@ _OBJECTIVES = {
 
 def _kl(log_q: Tensor, log_p: Tensor) -> Tensor:
     """KL(q || p)."""
-    return _kl_terms(log_q, log_p).sum(-1)
+    return expectation(log_q, _finite(log_q) - log_p)
 
 
-def _kl_terms(log_q: Tensor, log_p: Tensor) -> Tensor:
-    return _weighted(log_q, log_q.masked_fill(log_q == -torch.inf, 0) - log_p)
+def _finite(log_q: Tensor) -> Tensor:
+    """Where the probability is 0, any number."""
+    return log_q.masked_fill(log_q == -torch.inf, 0)
 
 
 def _target_log_probs(rows: Rows) -> Tensor:

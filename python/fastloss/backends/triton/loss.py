@@ -121,8 +121,8 @@ def excess(f):
 
 @triton.jit
 def log_quotient(ratio, y):
-    """(line, excess, whether it is near zero) of log(p / m) = line - excess: near one both are of y = (p - m) / m, which
-    keeps what the quotient has lost."""
+    """(line, excess, whether it is near zero) of log(p / m) = line - excess. Where the quotient is near one both are of
+    y = (p - m) / m, which keeps what it has lost."""
     near = (ratio > 0.7072) & (ratio < 1.4142)
     line = tl.where(near, y, tl.log(tl.where(ratio < TINY, TINY, ratio)))
     return line, excess(tl.where(near, y, 0.0)), near
@@ -144,9 +144,7 @@ def mixed(p, q, beta, rest):
 
 
 @triton.jit
-def divergence(
-    log_sum, target_log_sum, tilt, mixture, lse, z_loss, FORWARD: tl.constexpr, REVERSE: tl.constexpr
-):
+def divergence(log_sum, target_log_sum, tilt, mixture, lse, z_loss, FORWARD: tl.constexpr, REVERSE: tl.constexpr):
     """The loss. `tilt` is a KL's expectation, `mixture` the sum of a mixture's entries."""
     if FORWARD:
         loss = (tilt - target_log_sum) + log_sum
@@ -159,7 +157,7 @@ def divergence(
 
 @triton.jit
 def divergence_coefficients(tilt, lse, z_loss, rest, g_loss, g_lse, FORWARD: tl.constexpr, REVERSE: tl.constexpr):
-    """(A, E, Q): Q multiplies q_j, or with a mixture p_j log(p_j / m_j), of which `tilt` is the mean; rest = 1 - beta."""
+    """(A, E, Q): Q multiplies q_j, or with a mixture p_j log(p_j / m_j), whose sum is `tilt`; rest = 1 - beta."""
     A, E, Q = g_loss * (2 * z_loss * lse) + g_lse, 0.0 * g_loss, 0.0 * g_loss
     if FORWARD:
         A, Q = A + g_loss, g_loss
