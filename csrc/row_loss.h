@@ -160,16 +160,44 @@ FASTLOSS_HD inline Coefficients<F> coefficients(const Spec& spec, const TailStat
   return c;
 }
 
-// Of a divergence from target logits: both centres and log-sums, and E[r] (KL) or KL(p || m) (JS).
+// Of a divergence from target logits: both centres and log-sums, and E[r] (KL) or E[log(p / m)] (JS).
 template <class F>
 struct PairStats {
   F centre, log_sum, target_centre, target_log_sum, tilt;
 };
 
-// KL(q || m) and KL(p || m), from the second round over a row.
+// f - log(1 + f) for 1 + f in [sqrt(1/2), sqrt(2)), without taking one from the other: a number of two digits less than
+// f's where f is a hundredth. By the polynomial of Cephes' logf; of float64, with s = f / (f + 2), by the series of
+// log(1 + f) = 2 atanh(s). For a scalar F = S or a SIMD vector F of S.
+template <class S, class F>
+FASTLOSS_HD inline F excess(F f) {
+  if constexpr (sizeof(S) == 4) {
+    constexpr S kPoly[] = {S(7.0376836292e-2),  S(-1.1514610310e-1), S(1.1676998740e-1),
+                           S(-1.2420140846e-1), S(1.4249322787e-1),  S(-1.6668057665e-1),
+                           S(2.0000714765e-1),  S(-2.4999993993e-1), S(3.3333331174e-1)};
+    F p = f * kPoly[0] + kPoly[1];
+    for (int i = 2; i < 9; ++i) p = p * f + kPoly[i];
+    return f * f * (S(0.5) - f * p);
+  } else {
+    const F s = quotient(f, f + 2), square = s * s;
+    F p = square * (S(1) / 23) + S(1) / 21;
+    for (int i = 19; i >= 3; i -= 2) p = p * square + S(1) / S(i);
+    return s * (f - 2 * square * p);
+  }
+}
+
+// The second round over a row, m = beta q + (1 - beta) p: the sum of beta q log(q / m) + (1 - beta) p log(p / m), and
+// that of p log(p / m), which is the mean that each entry of the gradient lacks.
+//
+// Where p and q are alike both logarithms are of the first order of d = q - p, and their sum is of the second. With
+// x = d / m, (p - m) / m = -beta x and (q - m) / m = (1 - beta) x, entries are
+//
+//   beta (1 - beta) d x - beta q excess((1 - beta) x) - (1 - beta) p excess(-beta x)
+//
+// which takes nothing of the first order from another. None is negative, and parts of a row add up.
 template <class F>
 struct Mixture {
-  F target = 0, logits = 0;
+  F divergence = 0, mean = 0;
 };
 
 template <class F>
@@ -187,8 +215,8 @@ FASTLOSS_HD inline PairStats<F> finalize(const Spec& spec, PairStats<F> row, con
   } else if (spec.objective == Objective::kReverseKL) {
     *loss = (row.tilt - row.log_sum) + row.target_log_sum;
   } else {
-    row.tilt = m.logits;
-    *loss = F(spec.beta) * m.target + (1 - F(spec.beta)) * m.logits;
+    row.tilt = m.mean;
+    *loss = m.divergence;
   }
   const F lse = row.centre + row.log_sum;
   *loss += times(F(spec.z_loss), lse * lse);
@@ -207,8 +235,8 @@ FASTLOSS_HD inline Coefficients<F> coefficients(const Spec& spec, const PairStat
     c.A -= g.loss * row.tilt;
     c.E = g.loss;
   } else {
-    c.A -= g.loss * (1 - F(spec.beta)) * row.tilt;
-    c.Q = -g.loss * (1 - F(spec.beta));
+    c.A -= g.loss * F(1 - spec.beta) * row.tilt;
+    c.Q = -g.loss * F(1 - spec.beta);
   }
   return c;
 }

@@ -135,8 +135,8 @@ class Pair {
     Mixture<double> all;
     for_tiles<F>(V_, [&](int64_t j, int64_t n, int64_t t) {
       const Mixture<double> part = mixture_tile<F>(ws_.row + j, ws_.target_row + j, padded<F>(n), probability(t),
-                                                   target_probability(t), F(spec_.beta));
-      all.logits += part.logits, all.target += part.target;
+                                                   target_probability(t), F(spec_.beta), F(1 - spec_.beta));
+      all.divergence += part.divergence, all.mean += part.mean;
     });
     return all;
   }

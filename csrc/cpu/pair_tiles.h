@@ -50,26 +50,39 @@ inline PairSums<F> pair_tile(const PairTile<F>& tile, int64_t n, F* a, F* b) {
           wide_sum<F>(tilt[0]) + wide_sum<F>(tilt[1])};
 }
 
-// From exponentials to p (in a) and p log(p / m) (in b), m = beta q + (1 - beta) p, and the sums of KL(p || m) and
-// KL(q || m). The logarithm is of the quotient: where p and q are alike it is near one, and their difference is not
-// lost.
+// log(p / m) as line - excess. Where the quotient is near one (k = 0), both are of y = (p - m) / m, which keeps what it
+// has lost.
 template <class F>
-inline Mixture<double> mixture_tile(F* a, F* b, int64_t n, F k, F target_k, F beta) {
-  const F largest = sizeof(F) == 4 ? F(FLT_MAX / 4) : F(DBL_MAX / 4);  // of a vanishing p
-  const auto log_of = [&](Vec<F> m, Vec<F> p) {
-    const Vec<F> quotient = m / p;
-    return p > 0 ? log<F>(quotient < largest ? quotient : broadcast(largest)) : Vec<F>{};
-  };
-  Vec<F> logits = {}, target = {};
+struct LogQuotient {
+  Vec<F> line, excess;
+  Int<F> k;
+};
+template <class F>
+inline LogQuotient<F> log_quotient(Vec<F> quotient, Vec<F> y) {
+  constexpr F kLog2 = F(0.69314718055994530942);
+  const Binary<F> q = binary<F>(quotient);
+  const Vec<F> f = q.k == 0 ? y : q.f;
+  return {__builtin_convertvector(q.k, Vec<F>) * kLog2 + f, excess<F>(f), q.k};
+}
+
+// From exponentials to p (in a) and p log(p / m) (in b), and the sums of a Mixture.
+template <class F>
+inline Mixture<double> mixture_tile(F* a, F* b, int64_t n, F k, F target_k, F beta, F rest) {
+  const Vec<F> least = broadcast(sizeof(F) == 4 ? F(FLT_MIN) : F(DBL_MIN)), zero = {};  // max() keeps a NaN
+  Vec<F> divergence = {}, mean = {};
   for (int64_t i = 0; i < n; i += kLanes<F>) {
-    const Vec<F> p = load(a + i) * k, q = load(b + i) * target_k, m = beta * q + (1 - beta) * p;
-    const Vec<F> h = -p * log_of(m, p);
-    logits += h;
-    target -= q * log_of(m, q);
+    const Vec<F> p = load(a + i) * k, q = load(b + i) * target_k, d = q - p, mp = rest * p, mq = beta * q;
+    const Vec<F> reciprocal = 1 / max(least, mq + mp), x = d * reciprocal;
+    const LogQuotient<F> of_p = log_quotient<F>(p * reciprocal, -beta * x);
+    const LogQuotient<F> of_q = log_quotient<F>(q * reciprocal, rest * x);
+    const Vec<F> lines = (of_p.k | of_q.k) == 0 ? (beta * rest) * d * x : mp * of_p.line + mq * of_q.line;
+    const Vec<F> h = p * (of_p.line - of_p.excess);
+    divergence += max(zero, lines - (mp * of_p.excess + mq * of_q.excess));
+    mean += h;
     store(a + i, p);
     store(b + i, h);
   }
-  return {wide_sum<F>(target), wide_sum<F>(logits)};
+  return {wide_sum<F>(divergence), wide_sum<F>(mean)};
 }
 
 // Coefficients of a tile, which hold what turns exponentials into probabilities. `r` + `residue` is what the tile's own

@@ -293,31 +293,20 @@ inline Vec<F> exp2_scale(Vec<F> rounded) {
   return (Vec<F>)((Int<F>)rounded << Exp2<F>::kMantissa);
 }
 
-// The natural logarithm of a finite x > 0 in the normal range: x = 2^k m with m in [sqrt(1/2), sqrt(2)), and of m the
-// polynomial of Cephes' logf, or in double the series of 2 atanh((m - 1) / (m + 1)).
+// x = 2^k (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)), of a finite x > 0 in the normal range; of any other x something
+// finite, or NaN.
 template <class F>
-inline Vec<F> log(Vec<F> x) {
-  constexpr bool kSingle = sizeof(F) == 4;
+struct Binary {
+  Int<F> k;
+  Vec<F> f;
+};
+template <class F>
+inline Binary<F> binary(Vec<F> x) {
   constexpr int kMantissa = Exp2<F>::kMantissa;
-  const Int<F> bits = (Int<F>)x;
-  using Integer = std::conditional_t<kSingle, int32_t, int64_t>;
-  constexpr auto kRootHalf = Integer(kSingle ? 0x3f3504f3 : 0x3fe6a09e667f3bcd);
-  const Int<F> k = (bits - kRootHalf) >> kMantissa;
-  const Vec<F> f = (Vec<F>)(bits - (k << kMantissa)) - 1, n = __builtin_convertvector(k, Vec<F>);
-  if constexpr (kSingle) {
-    constexpr float kPoly[] = {7.0376836292e-2f,  -1.1514610310e-1f, 1.1676998740e-1f,
-                               -1.2420140846e-1f, 1.4249322787e-1f,  -1.6668057665e-1f,
-                               2.0000714765e-1f,  -2.4999993993e-1f, 3.3333331174e-1f};
-    Vec<F> p = broadcast<F>(kPoly[0]);
-    for (int i = 1; i < 9; ++i) p = p * f + kPoly[i];
-    const Vec<F> square = f * f;
-    return n * 0.693359375f + (f + (square * (f * p - 0.5f) - n * 2.12194440e-4f));
-  } else {
-    const Vec<F> s = f / (f + 2), square = s * s;
-    Vec<F> p = broadcast<F>(F(1) / 23);
-    for (int i = 21; i >= 1; i -= 2) p = p * square + F(1) / F(i);
-    return n * 6.93147180369123816490e-01 + (2 * s * p + n * 1.90821492927058770002e-10);
-  }
+  using Integer = std::conditional_t<sizeof(F) == 4, int32_t, int64_t>;
+  constexpr auto kRootHalf = Integer(sizeof(F) == 4 ? 0x3f3504f3 : 0x3fe6a09e667f3bcd);
+  const Int<F> bits = (Int<F>)x, k = (bits - kRootHalf) >> kMantissa;
+  return {k, (Vec<F>)(bits - (k << kMantissa)) - 1};
 }
 
 // e^(scale z - value): exponentials of one row around a centre near its maximum. In powers of two the centre is an

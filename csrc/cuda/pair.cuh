@@ -39,14 +39,15 @@ template <class F>
 struct PairColumns {
   Columns<F> logits;
   Objective objective;
-  F target_scale, beta;
+  F target_scale, beta, rest;                            // rest: 1 - beta
   F centre = 0, k = 0, target_centre = 0, target_k = 0;  // probabilities are k e^(z - centre)
 
   FASTLOSS_DEVICE PairColumns(const Rows& rows, const Place& at)
       : logits(rows, at.row, at.begin),
         objective(rows.spec.objective),
         target_scale(F(rows.spec.target_scale)),
-        beta(F(rows.spec.beta)) {}
+        beta(F(rows.spec.beta)),
+        rest(F(1 - rows.spec.beta)) {}
 
   FASTLOSS_DEVICE bool of_target() const { return objective == Objective::kForwardKL; }
   FASTLOSS_DEVICE void know(const PairStats<F>& s) {
@@ -114,11 +115,33 @@ FASTLOSS_DEVICE PairState<F> sum_up(const PairSlices<E>& slices, PairColumns<F> 
   return s;
 }
 
-// p log(p / m), by a logarithm that is near zero where p and m are alike. Of numbers so small that m vanished, too.
+// log(p / m) as line - excess: near one both are of y = (p - m) / m, which keeps what the quotient has lost.
 template <class F>
-FASTLOSS_DEVICE F against(F p, F m) {
-  const F ratio = quotient(m, p), most = -Limits<F>::kLowest / 4, least = 1 / most;
-  return p > 0 ? -p * F(std::log(ratio < most ? (ratio > least ? ratio : least) : most)) : F(0);
+struct LogQuotient {
+  F line, excess;
+  bool near;
+};
+template <class F>
+FASTLOSS_DEVICE LogQuotient<F> log_quotient(F ratio, F y) {
+  const bool near = ratio > F(0.7072) && ratio < F(1.4142);
+  const F least = -4 / Limits<F>::kLowest;
+  return {near ? y : F(std::log(ratio < least ? least : ratio)), near ? excess<F>(y) : F(0), near};
+}
+
+// One column of a Mixture, and p log(p / m).
+template <class F>
+struct Mixed {
+  F divergence, h;
+};
+template <class F>
+FASTLOSS_DEVICE Mixed<F> mixed(F p, F q, F beta, F rest) {
+  const F least = -8 / Limits<F>::kLowest;  // of a vanishing m
+  const F d = q - p, mp = rest * p, mq = beta * q, m = mq + mp;
+  const F reciprocal = quotient(F(1), m < least ? least : m), x = d * reciprocal;
+  const LogQuotient<F> of_p = log_quotient(p * reciprocal, -beta * x), of_q = log_quotient(q * reciprocal, rest * x);
+  const F lines = of_p.near && of_q.near ? beta * rest * d * x : mp * of_p.line + mq * of_q.line;
+  const F divergence = lines - (mp * of_p.excess + mq * of_q.excess);
+  return {divergence < 0 ? F(0) : divergence, p * (of_p.line - of_p.excess)};
 }
 
 template <class E, class F = typename E::Compute>
@@ -131,10 +154,10 @@ FASTLOSS_DEVICE Mixture<F> mix(const PairSlices<E>& slices, const PairColumns<F>
     columns.bend_all(x);
     columns.exponents(x, u);
     for (int i = 0; i < E::kCount && first + i < slices.x.count; ++i) {
-      const F p = columns.k * exponential(x[i]), q = columns.target_k * exponential(u[i]);
-      const F m = columns.beta * q + (1 - columns.beta) * p;
-      sums.logits += against(p, m);
-      sums.target += against(q, m);
+      const Mixed<F> one =
+          mixed(columns.k * exponential(x[i]), columns.target_k * exponential(u[i]), columns.beta, columns.rest);
+      sums.divergence += one.divergence;
+      sums.mean += one.h;
     }
   });
   return sums;
@@ -160,8 +183,7 @@ FASTLOSS_DEVICE void write_gradient(const PairSlices<E>& slices, const Destinati
         continue;
       }
       const F q = columns.target_k * exponential(u[i]);
-      dx[i] =
-          epilogue(c, p, F(0), F(0), columns.of_target() ? q : against(p, columns.beta * q + (1 - columns.beta) * p));
+      dx[i] = epilogue(c, p, F(0), F(0), columns.of_target() ? q : mixed(p, q, columns.beta, columns.rest).h);
     }
     if (columns.logits.cap > 0)
       for (int i = 0; i < K; ++i) dx[i] *= bend(z[i], columns.logits.cap);
@@ -178,7 +200,7 @@ FASTLOSS_DEVICE PairState<F> of_lane(const PairState<F>& s, int d) {
 }
 template <class F>
 FASTLOSS_DEVICE Mixture<F> of_lane(const Mixture<F>& m, int d) {
-  return {__shfl_xor_sync(kAllLanes, m.target, d), __shfl_xor_sync(kAllLanes, m.logits, d)};
+  return {__shfl_xor_sync(kAllLanes, m.divergence, d), __shfl_xor_sync(kAllLanes, m.mean, d)};
 }
 
 // In shared memory.
@@ -219,7 +241,7 @@ FASTLOSS_DEVICE PairState<F> meet(const PairState<F>& s, Meeting<PairState<F>>& 
 template <class F>
 FASTLOSS_DEVICE Mixture<F> meet(const Mixture<F>& m, Meeting<Mixture<F>>& at, int blocks) {
   return meet(m, at, blocks, [](const Mixture<F>& a, const Mixture<F>& b) -> Mixture<F> {
-    return {a.target + b.target, a.logits + b.logits};
+    return {a.divergence + b.divergence, a.mean + b.mean};
   });
 }
 

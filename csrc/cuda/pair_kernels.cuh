@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) pair_states(const StatesArgs a
   out[0] = s.centre, out[1] = s.sum, out[2] = s.target_centre, out[3] = s.target_sum, out[4] = s.tilt;
 }
 
-// What slices contribute to their rows' divergences from the mixture; needs the rows' statistics.
+// What slices contribute to their rows' mixtures; needs the rows' statistics.
 template <class E, class F = typename E::Compute>
 __global__ void __launch_bounds__(kMaxThreads, 1) pair_mixtures(const StatesArgs a) {
   const Place at(a.cut, a.rows);
@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) pair_mixtures(const StatesArgs
   const Mixture<F> m = meet(mix(slices, columns), pair_header<F>().mixtures, 1);
   if (threadIdx.x > 0) return;
   F* out = static_cast<F*>(a.states) + int64_t(blockIdx.x) * kStates;
-  out[0] = m.target, out[1] = m.logits;
+  out[0] = m.divergence, out[1] = m.mean;
 }
 
 // From its slices' states, or in a second round their mixtures, to a row's statistics and loss; a thread for each row.
@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) pair_stats(const StatsArgs a) 
   for (int k = 0; k < a.cut.slices; ++k) {
     const F* p = static_cast<const F*>(a.states) + (row * a.cut.slices + k) * kStates;
     if (a.mixed)
-      mixture.target += p[0], mixture.logits += p[1];
+      mixture.divergence += p[0], mixture.mean += p[1];
     else
       state = merge(state, {p[0], p[1], p[2], p[3], p[4]}, spec.objective == Objective::kForwardKL);
   }

@@ -62,6 +62,10 @@ def kl_div_with_logits(
     Raises:
         ValueError, RuntimeError, TypeError, NotImplementedError: naming the argument.
 
+    Accuracy: in float32 the value is off by about 1e-8, a tenth of a KL of 1e-7, and may be below zero; torch's
+    expression is off by several times that. The gradient does not suffer from it. `js_div_with_logits` keeps its
+    digits.
+
     Memory: the gradient of `input`, and O(N + V) beyond it.
 
     >>> student, teacher = torch.zeros(2, 4), torch.tensor([[0.0, 1.0, 2.0, 3.0]]).expand(2, 4)
@@ -107,8 +111,9 @@ def js_div_with_logits(
     Args:
         beta: in [0, 1].
 
-    All else as in `kl_div_with_logits`. The logarithm is of quotients near one where p and q are alike: the loss keeps
-    its digits as the student learns.
+    All else as in `kl_div_with_logits`. The loss keeps its digits as the student learns: in float32 it is off by about
+    1e-5 of its value where that is 1e-7, and by 1e-3 where it is 1e-12. With 0 < beta < 1 the kernels' is never
+    below zero.
     """
     shape = (softcap, logit_scale, z_loss, temperature)
     weights = (token_weight, mask, reduction, normalizer, out_dtype, inplace, shard)

@@ -120,7 +120,7 @@ def softmax_entropy(
         temperature, softcap, logit_scale, row_mask, shard: as in `row_stats`.
 
     Returns:
-        (...), float32 (float64 for float64 logits), in nats; differentiable.
+        (...), float32 (float64 for float64 logits), in nats, never below zero; differentiable.
 
     Memory: O(N + V); in the backward the gradient.
     """

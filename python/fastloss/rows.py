@@ -131,7 +131,7 @@ class PerRow(torch.autograd.Function):
         indexed = spec.objective == Objective.INDEX
         logit = reference.target_logits(rows) if indexed else loss.new_empty(0)
         ctx.mark_non_differentiable(argmax, rank, *(() if indexed else (logit,)))
-        return loss, stats[0] + stats[1], stats[2].clone(), stats[4].clone(), argmax, rank, logit
+        return loss, stats[0] + stats[1], stats[2].clone(), entropy_of(stats), argmax, rank, logit
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> Any:
@@ -170,6 +170,12 @@ def _upstream_of(
     return [loss, lse, log_prob, entropy]
 
 
+def entropy_of(stats: Tensor) -> Tensor:
+    """(N,), as users get it: what rounding leaves below zero would be NaN in a square root. The gradient is made of the
+    statistic itself."""
+    return stats[4].clamp(min=0)
+
+
 def call_row_loss(rows: Rows, extras: bool, whole: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Losses, statistics, argmax and rank, through the dispatcher only where someone listens there. `whole`: see
     native.row_loss."""
@@ -206,7 +212,7 @@ class Selected(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         listed = input.gather(1, torch.where(index == spec.ignore_index, 0, index))
         log_prob = selected_log_probs(reference.transform(listed, spec), rows, stats)
-        return log_prob, stats[4].clone() if extras else stats.new_empty(0)
+        return log_prob, entropy_of(stats) if extras else stats.new_empty(0)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> Any:

@@ -48,7 +48,7 @@ def row_result(rows: Rows) -> RowResult:
     z = transform(rows.input, rows.spec)
     log_p = torch.log_softmax(z, -1)
     lse = torch.logsumexp(z, -1)
-    entropy = -expectation(log_p, log_p)
+    entropy = -expectation(log_p, log_p)  # never below zero: no logarithm of a softmax is above it
     loss, log_prob = _OBJECTIVES[rows.spec.objective.value](rows, z, log_p)
     if rows.spec.z_loss:
         loss = loss + rows.spec.z_loss * lse**2
@@ -140,11 +140,24 @@ def _reverse_kl(rows: Rows, z: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _js(rows: Rows, z: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
-    log_q, beta = _target_log_probs(rows), rows.spec.beta
+    u, beta = _target_logits(rows), rows.spec.beta
+    log_q = torch.log_softmax(u, -1)
     nowhere = (log_q == -torch.inf) & (log_p == -torch.inf)
     parts = log_q.masked_fill(nowhere, 0) + math.log(beta), log_p.masked_fill(nowhere, 0) + math.log1p(-beta)
     log_m = torch.logaddexp(*parts)
-    return beta * _kl(log_q, log_m) + (1 - beta) * _kl(log_p, log_m), expectation(log_q, log_p)
+    p, q = torch.softmax(z, -1), torch.softmax(u, -1)
+    m = beta * q + (1 - beta) * p
+    some = m > 1e-30
+    x = torch.where(some, q - p, 0) / torch.where(some, m, 1)  # (q - m) / m = (1 - beta) x, (p - m) / m = -beta x
+    of_q = beta * q * _log_quotient((1 - beta) * x, some, _finite(log_q) - log_m)
+    of_p = (1 - beta) * p * _log_quotient(-beta * x, some, _finite(log_p) - log_m)
+    return (of_q + of_p).sum(-1), expectation(log_q, log_p)
+
+
+def _log_quotient(y: Tensor, some: Tensor, far: Tensor) -> Tensor:
+    """log(1 + y); `far`, a difference of logarithms, has lost digits of it where y is little."""
+    near = some & (y.abs() < 0.4)
+    return torch.where(near, torch.log1p(torch.where(near, y, 0)), far)
 
 
 # By the number: torch.compile before 2.12 hashes no Objective inside torch.func.grad.
@@ -161,12 +174,20 @@ _OBJECTIVES = {
 
 def _kl(log_q: Tensor, log_p: Tensor) -> Tensor:
     """KL(q || p)."""
-    nothing = log_q == -torch.inf
-    return expectation(log_q, log_q.masked_fill(nothing, 0) - log_p)
+    return expectation(log_q, _finite(log_q) - log_p)
+
+
+def _finite(log_q: Tensor) -> Tensor:
+    """Where the probability is 0, any number."""
+    return log_q.masked_fill(log_q == -torch.inf, 0)
 
 
 def _target_log_probs(rows: Rows) -> Tensor:
-    return torch.log_softmax(rows.target.to(rows.compute_dtype) * rows.spec.target_scale, -1)
+    return torch.log_softmax(_target_logits(rows), -1)
+
+
+def _target_logits(rows: Rows) -> Tensor:
+    return rows.target.to(rows.compute_dtype) * rows.spec.target_scale
 
 
 def _class_weights(rows: Rows) -> Tensor | None:

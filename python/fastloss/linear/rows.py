@@ -16,6 +16,7 @@ from ..backends import reference
 from ..reduction import reduce_rows
 from ..rows import (
     SPEC_SCHEMA,
+    entropy_of,
     flat_spec,
     library,
     needs_formula,
@@ -215,11 +216,11 @@ class PerRow(torch.autograd.Function):
         if listed:
             rows = record(*call)[0].rows
             log_prob = selected_log_probs(reference.transform(logits, rows.spec), rows, stats)
-            return log_prob, stats[4].clone() if ctx.extras else stats.new_empty(0)
+            return log_prob, entropy_of(stats) if ctx.extras else stats.new_empty(0)
         if not ctx.extras:
             return loss
         ctx.mark_non_differentiable(argmax)
-        return loss, stats[0] + stats[1], stats[2].clone(), stats[4].clone(), argmax
+        return loss, stats[0] + stats[1], stats[2].clone(), entropy_of(stats), argmax
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> Any:

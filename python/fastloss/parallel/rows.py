@@ -12,7 +12,7 @@ from torch import Tensor
 from ..arguments import check_indices
 from ..backends import choose_for, native
 from ..reduction import reduce_rows, valid_rows
-from ..rows import RowLoss, call_row_grad, call_row_loss, needs_formula, transforming
+from ..rows import RowLoss, call_row_grad, call_row_loss, entropy_of, needs_formula, transforming
 from ..saved import save as store
 from ..saved import saved as restore
 from ..spec import Objective, Reduction, Rows
@@ -88,7 +88,7 @@ def outcome(ctx: Any, whole: Whole, asked: Asked) -> Outcome:
     """What a Function returns."""
     some = asked.extras or asked.picks
     centre, log_sum = (whole.stats[0].clone(), whole.stats[1].clone()) if some else (None, None)
-    entropy = whole.stats[4].clone() if asked.extras else None
+    entropy = entropy_of(whole.stats) if asked.extras else None
     constant = centre, whole.target_weight, whole.argmax
     ctx.mark_non_differentiable(*(t for t in constant if t is not None))
     return Outcome(whole.loss, log_sum, entropy, whole.picked, *constant)

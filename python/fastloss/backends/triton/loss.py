@@ -14,6 +14,7 @@ import triton.language as tl
 
 from .state import exp
 
+TINY = tl.constexpr(1.2e-38)  # in the normal range, and one over it
 ROUNDING = tl.constexpr(1e-5)  # what is left of one may be rounding; of a tail without classes it would be infinite
 
 
@@ -96,39 +97,74 @@ def coefficients(
 
 
 @triton.jit
-def against(p, m):
-    """p log(p / m), by a logarithm that is near zero where p and m are alike. Of numbers so small that m vanished,
-    too."""
-    ratio = tl.maximum(tl.minimum(m / tl.where(p > 0, p, 1.0), 1e37), 1e-37)
-    return tl.where(p > 0, -p * tl.log(ratio), 0.0)
+def excess(f):
+    """f - log(1 + f) for 1 + f in [sqrt(1/2), sqrt(2)), without taking one from the other."""
+    if f.dtype == tl.float64:
+        s = f / (f + 2)
+        square = s * s
+        p = tl.fma(square, 1 / 23, 1 / 21)
+        for i in tl.static_range(19, 1, -2):
+            p = tl.fma(p, square, 1 / i)
+        y = s * tl.fma(-2 * square, p, f)
+    else:
+        p = tl.fma(f, 7.0376836292e-2, -1.1514610310e-1)
+        p = tl.fma(p, f, 1.1676998740e-1)
+        p = tl.fma(p, f, -1.2420140846e-1)
+        p = tl.fma(p, f, 1.4249322787e-1)
+        p = tl.fma(p, f, -1.6668057665e-1)
+        p = tl.fma(p, f, 2.0000714765e-1)
+        p = tl.fma(p, f, -2.4999993993e-1)
+        p = tl.fma(p, f, 3.3333331174e-1)
+        y = f * f * tl.fma(-f, p, 0.5)
+    return y
 
 
 @triton.jit
-def divergence(
-    log_sum, target_log_sum, tilt, mixture, target_mixture, lse, z_loss, beta,
-    FORWARD: tl.constexpr, REVERSE: tl.constexpr,
-):  # fmt: skip
-    """(loss, what the coefficients need): of a KL `tilt` is an expectation; of JS the mixtures' divergences count."""
+def log_quotient(ratio, y):
+    """(line, excess, whether it is near zero) of log(p / m) = line - excess. Where the quotient is near one both are of
+    y = (p - m) / m, which keeps what it has lost."""
+    near = (ratio > 0.7072) & (ratio < 1.4142)
+    line = tl.where(near, y, tl.log(tl.where(ratio < TINY, TINY, ratio)))
+    return line, excess(tl.where(near, y, 0.0)), near
+
+
+@triton.jit
+def mixed(p, q, beta, rest):
+    """(what it adds to the divergence, p log(p / m)) of m = beta q + (1 - beta) p, with rest = 1 - beta: the formula of
+    Mixture in csrc/row_loss.h. Numbers so small that m vanishes add nothing to speak of."""
+    d, mp, mq = q - p, rest * p, beta * q
+    m = mq + mp
+    reciprocal = 1 / tl.where(m < 2 * TINY, 2 * TINY, m)  # keeps a NaN
+    x = d * reciprocal
+    line, above, near = log_quotient(p * reciprocal, -beta * x)
+    target_line, target_above, target_near = log_quotient(q * reciprocal, rest * x)
+    lines = tl.where(near & target_near, (beta * rest) * d * x, tl.fma(mp, line, mq * target_line))
+    divergence = lines - tl.fma(mp, above, mq * target_above)
+    return tl.where(divergence < 0, 0.0, divergence), p * (line - above)
+
+
+@triton.jit
+def divergence(log_sum, target_log_sum, tilt, mixture, lse, z_loss, FORWARD: tl.constexpr, REVERSE: tl.constexpr):
+    """The loss. `tilt` is a KL's expectation, `mixture` the sum of a mixture's entries."""
     if FORWARD:
         loss = (tilt - target_log_sum) + log_sum
     elif REVERSE:
         loss = (tilt - log_sum) + target_log_sum
     else:
-        loss = beta * target_mixture + (1 - beta) * mixture
-        tilt = mixture
-    return loss + times(z_loss, lse * lse), tilt
+        loss = mixture
+    return loss + times(z_loss, lse * lse)
 
 
 @triton.jit
-def divergence_coefficients(tilt, lse, z_loss, beta, g_loss, g_lse, FORWARD: tl.constexpr, REVERSE: tl.constexpr):
-    """(A, E, Q): Q multiplies q_j, or with a mixture p_j log(p_j / m_j)."""
+def divergence_coefficients(tilt, lse, z_loss, rest, g_loss, g_lse, FORWARD: tl.constexpr, REVERSE: tl.constexpr):
+    """(A, E, Q): Q multiplies q_j, or with a mixture p_j log(p_j / m_j), whose sum is `tilt`; rest = 1 - beta."""
     A, E, Q = g_loss * (2 * z_loss * lse) + g_lse, 0.0 * g_loss, 0.0 * g_loss
     if FORWARD:
         A, Q = A + g_loss, g_loss
     elif REVERSE:
         A, E = A - g_loss * tilt, g_loss
     else:
-        A, Q = A - g_loss * (1 - beta) * tilt, -g_loss * (1 - beta)
+        A, Q = A - g_loss * rest * tilt, -g_loss * rest
     return A, E, Q
 
 

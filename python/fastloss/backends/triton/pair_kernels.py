@@ -7,11 +7,11 @@ gradient from both read again.
 import triton
 import triton.language as tl
 
-from .loss import against, divergence, divergence_coefficients, slope, unit_of
+from .loss import divergence, divergence_coefficients, mixed, slope, unit_of
 from .row_kernels import NOTHING, at, kernel, logits, number, weighted_upstream
 from .state import LOG2E, merge_pairs
 
-PAIR_STATE = tl.constexpr(5)  # centre, sum, target centre, target sum, tilt; of mixtures: of the logits, of the target
+PAIR_STATE = tl.constexpr(5)  # centre, sum, target centre, target sum, tilt; of mixtures: divergence, mean
 
 
 @triton.jit
@@ -26,14 +26,15 @@ def target_logits(u, columns, V, F: tl.constexpr):
 
 
 @triton.jit
-def pair_gradient(a, b, p, q, A, E, Q, beta, FORWARD: tl.constexpr, REVERSE: tl.constexpr):
+def pair_gradient(a, b, p, q, A, E, Q, beta, rest, FORWARD: tl.constexpr, REVERSE: tl.constexpr):
     """The gradient with respect to z; a and b are the exponents of p and q but for their sums."""
     if REVERSE:
         return tl.fma(E, tl.where(p > 0, a - b, 0.0), A) * p
     elif FORWARD:  # noqa: RET505 - Triton compiles one of them
         return tl.fma(A, p, -Q * q)
     else:
-        return tl.fma(A, p, -Q * against(p, beta * q + (1 - beta) * p))
+        _, h = mixed(p, q, beta, rest)
+        return tl.fma(A, p, -Q * h)
 
 
 @kernel
@@ -57,14 +58,15 @@ def pair_loss_grad(
     if done:
         return
     k, cap, scale = number(z_loss, F), number(softcap, F), number(logit_scale, F)
-    unit, target_unit, beta = unit_of(cap, scale), number(target_scale, F), number(beta, F)
+    unit, target_unit = unit_of(cap, scale), number(target_scale, F)
+    beta, rest = number(beta, F), number(1 - beta, F)
     z, u = logits(x, columns, V, cap, scale, F, True), target_logits(target, columns, V, F)
     top, target_top = finite(tl.max(z, 0)), finite(tl.max(u, 0))
     a, b = (z - top) * unit, (u - target_top) * target_unit
     p, q = tl.exp2(a * LOG2E), tl.exp2(b * LOG2E)
     s, t = tl.sum(p, 0), tl.sum(q, 0)
     log_sum, target_log_sum = tl.log(s), tl.log(t)
-    tilt, mixture, target_mixture = number(0.0, F), number(0.0, F), number(0.0, F)
+    tilt, mixture = number(0.0, F), number(0.0, F)
     if FORWARD:
         tilt = tl.sum(tl.where(q > 0, q * (b - a), 0.0), 0) / t
     p, q = p / s, q / t
@@ -73,13 +75,12 @@ def pair_loss_grad(
         tilt = tl.sum(p * r, 0)
         tilt += tl.sum(p * (r - tilt), 0)  # every entry of the gradient is its r less this mean
     if not FORWARD and not REVERSE:
-        m = beta * q + (1 - beta) * p
-        mixture, target_mixture = tl.sum(against(p, m), 0), tl.sum(against(q, m), 0)
+        entries, h = mixed(p, q, beta, rest)
+        mixture, tilt = tl.sum(entries, 0), tl.sum(h, 0)
     lse = top * unit + log_sum
-    value, tilt = divergence(log_sum, target_log_sum, tilt, mixture, target_mixture, lse, k, beta, FORWARD, REVERSE)
-    tl.store(loss + row, value)
-    A, E, Q = divergence_coefficients(tilt, lse, k, beta, up * scale, 0.0, FORWARD, REVERSE)
-    dx = slope(pair_gradient(a, b, p, q, A, E, Q, beta, FORWARD, REVERSE), z, cap)
+    tl.store(loss + row, divergence(log_sum, target_log_sum, tilt, mixture, lse, k, FORWARD, REVERSE))
+    A, E, Q = divergence_coefficients(tilt, lse, k, rest, up * scale, 0.0, FORWARD, REVERSE)
+    dx = slope(pair_gradient(a, b, p, q, A, E, Q, beta, rest, FORWARD, REVERSE), z, cap)
     tl.store(grad + columns, tl.where(up == 0, 0.0, dx), mask=columns < V)
 
 
@@ -130,7 +131,7 @@ def pair_finish(
     log_sum, target_log_sum = tl.log(s), tl.log(t)
     tilt = tilt / t if FORWARD else tilt / s
     centre, target_centre = top * unit, target_top * target_unit
-    value, tilt = divergence(log_sum, target_log_sum, tilt, tilt, tilt, centre + log_sum, k, 0.0, FORWARD, REVERSE)
+    value = divergence(log_sum, target_log_sum, tilt, tilt, centre + log_sum, k, FORWARD, REVERSE)
     # What rounding takes from a centre, its log-sum keeps.
     lost = tl.fma(top, unit + tl.zeros_like(top), -centre)
     target_lost = tl.fma(target_top, target_unit + tl.zeros_like(top), -target_centre)
@@ -155,24 +156,24 @@ def pair_mixtures(
     softcap: tl.float64, logit_scale: tl.float64, target_scale: tl.float64, beta: tl.float64, stats, states, slices,
     BLOCK: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Grid (N, slices). What one slice contributes to KL(p || m) and KL(q || m)."""
+    """Grid (N, slices). What one slice contributes to its row's mixture."""
     F: tl.constexpr = stats.dtype.element_ty
     row, start = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK
     columns, V = tl.arange(0, BLOCK), V // VECTOR * VECTOR - start
-    cap, scale, beta = number(softcap, F), number(logit_scale, F), number(beta, F)
+    cap, scale, beta, rest = number(softcap, F), number(logit_scale, F), number(beta, F), number(1 - beta, F)
     states += (row * slices + tl.program_id(1)) * PAIR_STATE
     z = logits(x + row * (x_stride // VECTOR * VECTOR) + start, columns, V, cap, scale, F, True)
     u = target_logits(target + row * (target_stride // VECTOR * VECTOR) + start, columns, V, F)
     _, p = probabilities(z, unit_of(cap, scale), stats, row, N)
     _, q = probabilities(u, number(target_scale, F), stats, 2 * N + row, N)
-    m = beta * q + (1 - beta) * p
-    tl.store(states, tl.sum(against(p, m), 0))
-    tl.store(states + 1, tl.sum(against(q, m), 0))
+    entries, h = mixed(p, q, beta, rest)
+    tl.store(states, tl.sum(entries, 0))
+    tl.store(states + 1, tl.sum(h, 0))
 
 
 @kernel
 def pair_mixed(
-    N: tl.int64, z_loss: tl.float64, beta: tl.float64, states, slices, loss, stats,
+    N: tl.int64, z_loss: tl.float64, states, slices, loss, stats,
     ROWS: tl.constexpr, SLICES: tl.constexpr,
 ):  # fmt: skip
     """Grid (N / ROWS,). Adds up each row's mixtures, and writes its loss and what its gradient needs of them."""
@@ -181,11 +182,9 @@ def pair_mixed(
     states += (row[:, None] * slices + slice) * PAIR_STATE
     here, there = row < N, (row < N)[:, None] & (slice < slices)
     mixture = tl.sum(tl.load(states, mask=there, other=0.0), 1)
-    target_mixture = tl.sum(tl.load(states + 1, mask=there, other=0.0), 1)
+    tilt = tl.sum(tl.load(states + 1, mask=there, other=0.0), 1)
     lse = tl.load(stats + row, mask=here, other=0.0) + tl.load(stats + N + row, mask=here, other=0.0)
-    value, tilt = divergence(
-        lse, lse, lse, mixture, target_mixture, lse, number(z_loss, F), number(beta, F), False, False
-    )
+    value = divergence(lse, lse, lse, mixture, lse, number(z_loss, F), False, False)
     tl.store(loss + row, value, mask=here)
     tl.store(stats + 4 * N + row, tilt, mask=here)
 
@@ -212,10 +211,11 @@ def pair_grad(
     target += row * (target_stride // VECTOR * VECTOR)
     grad += row * (grad_stride // VECTOR * VECTOR)
     k, cap, scale = number(z_loss, F), number(softcap, F), number(logit_scale, F)
-    unit, target_unit, beta = unit_of(cap, scale), number(target_scale, F), number(beta, F)
+    unit, target_unit = unit_of(cap, scale), number(target_scale, F)
+    beta, rest = number(beta, F), number(1 - beta, F)
     lse_of_row = tl.load(stats + row) + tl.load(stats + N + row)
     A, E, Q = divergence_coefficients(
-        tl.load(stats + 4 * N + row), lse_of_row, k, beta, up * scale, up_lse * scale, FORWARD, REVERSE
+        tl.load(stats + 4 * N + row), lse_of_row, k, rest, up * scale, up_lse * scale, FORWARD, REVERSE
     )
     nothing = (up == 0) & (up_lse == 0)
     for start in range(first, tl.minimum(first + PART, V), BLOCK):
@@ -223,5 +223,5 @@ def pair_grad(
         u = target_logits(target + start, columns, V - start, F)
         a, p = probabilities(z, unit, stats, row, N)
         b, q = probabilities(u, target_unit, stats, 2 * N + row, N)
-        dx = slope(pair_gradient(a, b, p, q, A, E, Q, beta, FORWARD, REVERSE), z, cap)
+        dx = slope(pair_gradient(a, b, p, q, A, E, Q, beta, rest, FORWARD, REVERSE), z, cap)
         tl.store(grad + start + columns, tl.where(nothing, 0.0, dx), mask=columns < V - start)

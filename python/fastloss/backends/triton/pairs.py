@@ -68,7 +68,7 @@ def row_stats(
             pair_kernels.pair_mixtures[(N, slices)](
                 *_operands(rows), N, *shape, spec.beta, stats, states, slices, **cut
             )
-            pair_kernels.pair_mixed[grid](N, spec.z_loss, spec.beta, states, slices, loss, stats, **together)
+            pair_kernels.pair_mixed[grid](N, spec.z_loss, states, slices, loss, stats, **together)
 
 
 def row_grad(rows: Rows, stats: Tensor, upstream: Upstream, grad: Tensor, unless_one: bool) -> None:
