@@ -208,7 +208,7 @@ def selected_upstream(
     if chosen is not None:
         probs = torch.where(rows.target != rows.spec.ignore_index, -chosen, 0)
     stats = torch.stack([*stats[:3], probs.sum(1), stats[4]])  # the mass is the probabilities' sum
-    return rows._replace(probs=probs), stats, [stats.new_ones(len(probs)), None, None, entropy]
+    return rows._replace(probs=probs), stats, [stats.new_ones(probs.shape[0]), None, None, entropy]
 
 
 def selected(input: Tensor, index: Tensor, spec: Spec, extras: bool, by_formula: bool = False) -> tuple[Tensor, Tensor]:
