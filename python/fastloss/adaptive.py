@@ -112,7 +112,7 @@ class AdaptiveLoss(torch.nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Residuals to the loss."""
-        if input.dim() == 0 or len(self.latent_alpha) not in (1, input.shape[-1]):
+        if input.dim() == 0 or self.latent_alpha.shape[0] not in (1, input.shape[-1]):
             raise ValueError(f"input: expected shape (..., {len(self.latent_alpha)}), got {tuple(input.shape)}")
         alpha, scale = self.alpha, self.scale
         loss = robust_loss(input, alpha, scale) + (scale.log() + log_partition(alpha).to(scale.dtype))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .saved import savable
-from .spec import COMPUTE_DTYPE, NUMBERS, Reduction, Spec
+from .spec import COMPUTE_DTYPE, NUMBERS, Reduction, Spec, constant
 
 _INDEX_DTYPES = (torch.int64, torch.int32, torch.uint8)
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -32,7 +32,7 @@ def as_rows(input: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, T
         raise NotImplementedError(
             f"input: expected strided logits in float32, bfloat16, float16 or float64, got {input.dtype} {input.layout}"
         )
-    if input.shape == target.shape:
+    if equal_shapes(input.shape, target.shape):
         if not target.is_floating_point():
             raise RuntimeError(
                 f"target: Expected floating point type for target with class probabilities (it has the shape of "
@@ -49,6 +49,12 @@ def as_rows(input: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, T
         _check_index_shape(input, target)
     indices = target.reshape(-1)
     return _class_rows(input), indices if indices.dtype == torch.int64 else indices.long()
+
+
+def equal_shapes(a: torch.Size, b: torch.Size) -> bool:
+    """Whether they are, of as many dimensions first: tuples compare size by size as far as both go, and torch.export
+    and torch.compile would hold that the first two sizes that differ, the classes' and the time's, always do."""
+    return len(a) == len(b) and a == b
 
 
 def _class_rows(x: Tensor) -> Tensor:
@@ -117,7 +123,8 @@ def check_token_weight(token_weight: Tensor, logits: Tensor, shape: torch.Size) 
     weights too: bool and integers."""
     if not isinstance(token_weight, Tensor):
         raise TypeError(f"argument 'token_weight' must be Tensor, not {type(token_weight).__name__}")
-    if token_weight.shape != shape and token_weight.shape != (math.prod(shape),):
+    flat = torch.Size((math.prod(shape),))
+    if not (equal_shapes(token_weight.shape, shape) or equal_shapes(token_weight.shape, flat)):
         raise ValueError(
             f"token_weight: expected shape {tuple(shape)} (one weight per target), got {tuple(token_weight.shape)}"
         )
@@ -137,8 +144,10 @@ def as_normalizer(normalizer: Tensor | float, like: Tensor, reduction: str) -> T
         return savable(normalizer).reshape(()).to(device=like.device, dtype=dtype, non_blocking=True)
     if not isinstance(normalizer, NUMBERS):
         raise TypeError(f"normalizer: expected a number or a Tensor, got {type(normalizer).__name__}")
+    if torch.compiler.is_compiling():  # not full: a compiler would make a graph for every float
+        return torch.ones((), dtype=dtype, device=like.device) * normalizer
     # NumPy's numbers are no scalars to torch in every dtype: float16, and unsigned integers.
-    number = normalizer if isinstance(normalizer, (int, float, torch.SymInt, torch.SymFloat)) else float(normalizer)
+    number = normalizer if isinstance(normalizer, (int, float)) else float(normalizer)
     return torch.full((), number, dtype=dtype, device=like.device)
 
 
@@ -163,7 +172,7 @@ def check_filter_eps(filter_eps: float | None) -> float | None:
         return None
     if not isinstance(filter_eps, (int, float)) or not 0 <= filter_eps < float("inf"):
         raise ValueError(f"filter_eps: expected a finite number >= 0 or None, got {filter_eps!r}")
-    return float(filter_eps)
+    return float(constant(filter_eps) if torch.compiler.is_compiling() else filter_eps)
 
 
 def check_linear(input: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "", positions: bool = False) -> None:
@@ -276,7 +285,7 @@ def as_reduction(
     if reduction == "batchmean":
         if normalizer is not None:
             raise ValueError("normalizer: expected reduction='mean' or 'sum' with it, got reduction='batchmean'")
-        reduction, normalizer = "sum", float(input.shape[0]) if input.dim() > 1 else 1.0
+        reduction, normalizer = "sum", input.shape[0] if input.dim() > 1 else 1
     divisor = None if normalizer is None else as_normalizer(normalizer, input, reduction)
     return Reduction(reduction, weights, divisor, result_dtype(input, out_dtype))
 

@@ -160,7 +160,7 @@ def _pairs(
 
 def _of_batch(query: Tensor, token_weight: Tensor | None, shard: VocabShard | None) -> tuple[Tensor, Tensor | None]:
     """Which key is each query's own, and the pairs' weights; of the batch of all ranks."""
-    labels = torch.arange(len(query) if shard is None else shard.vocab_size, device=query.device)
+    labels = torch.arange(query.shape[0] if shard is None else shard.vocab_size, device=query.device)
     if shard is None or token_weight is None:
         return labels, token_weight
     return labels, all_rows(token_weight, shard, True)

@@ -170,7 +170,7 @@ def cross_entropy(
 
 def _row_shape(input: Tensor, target: Tensor) -> torch.Size:
     """The shape of the unreduced loss."""
-    if target.shape != input.shape:
+    if not arguments.equal_shapes(target.shape, input.shape):
         return target.shape if input.dim() > 1 else torch.Size(())
     return input.shape[:1] + input.shape[2:] if input.dim() > 1 else torch.Size(())
 

@@ -162,5 +162,15 @@ def _check(
 _remembered = lru_cache(maxsize=256)(_check)  # a training run asks for the same one at every step
 
 
-def _cached(*numbers: Any) -> Spec:
-    return _check(*numbers) if torch.compiler.is_compiling() else _remembered(*numbers)
+def _cached(objective: Objective, *numbers: Any) -> Spec:
+    if torch.compiler.is_compiling():
+        return _check(objective, *map(constant, numbers))
+    return _remembered(objective, *numbers)
+
+
+def constant(number: Any) -> Any:
+    """A number that the compiler may take for a constant. Dynamo makes a graph input of a float that changes, with
+    dynamic=True of every default too, which a second loss in the same graph cannot share."""
+    from torch.fx.experimental.symbolic_shapes import guard_scalar
+
+    return guard_scalar(number)

@@ -27,7 +27,7 @@ _PANEL = 64  # blocks are whole panels of the matrix product's, of any instructi
 def needed(given: LinearRows, needs: list[bool]) -> bool:
     """Whether the weight's gradient is summed in more memory than its logits may take."""
     weight = given.head.weight
-    if not (needs[1] and len(weight) * sum_bytes(given.head, weight) > given.block_bytes):
+    if not (needs[1] and weight.shape[0] * sum_bytes(given.head, weight) > given.block_bytes):
         return False
     backend = given.backend()
     return backend.in_parts and not filters(given, backend)  # by tiles of all rows and classes

@@ -149,7 +149,7 @@ def linear_cross_entropy(
     if not isinstance(target, Tensor):
         raise TypeError(f"argument 'target' must be Tensor, not {type(target).__name__}")
     shape = torch.Size((*input.shape[:-1], *linear_weight.shape[:-1]))  # of the logits
-    if target.shape == shape and ignore_index is not None:
+    if ignore_index is not None and arguments.equal_shapes(target.shape, shape):
         raise RuntimeError("ignore_index cannot be specified when target contains probabilities")
     soft, index = target.is_floating_point(), -100 if ignore_index is None else ignore_index
     spec = make_spec(index, label_smoothing, z_loss, softcap, logit_scale, Objective.PROBS if soft else Objective.INDEX)
@@ -182,7 +182,7 @@ def _class_second(logits: Tensor, target: Tensor, positions: bool) -> tuple[Tens
     """Logits (..., C) and their target as cross_entropy takes them, where they are not already."""
     if positions or logits.dim() < 3:
         return logits, target
-    if target.shape == logits.shape:
+    if arguments.equal_shapes(target.shape, logits.shape):
         return logits.flatten(0, -2), target.flatten(0, -2)
     if target.shape != logits.shape[:-1]:
         raise ValueError(

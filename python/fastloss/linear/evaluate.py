@@ -13,7 +13,7 @@ from ..reduction import mean_denominator, reduce_rows
 from ..rows import RowLoss, saved_hooks_active
 from ..spec import Reduction
 from .heads import LinearRows
-from .rows import PerRow, Reduced, flat, needs_of
+from .rows import PerRow, Reduced, distinct, flat, needs_of
 from .sharded import over_shard
 
 
@@ -35,8 +35,9 @@ def reduced_loss(given: LinearRows, to: Reduction, shard: VocabShard | None = No
         return reduce_rows(per_row(given).loss, rows, to).to(to.dtype)
     normalizer = to.normalizer
     if normalizer is None and to.kind == "mean":
-        normalizer = mean_denominator(given.head.hidden.new_ones(len(rows.input), dtype=rows.compute_dtype), rows, to)
-    args = *flat(given), to.token_weight, normalizer, needs
+        ones = given.head.hidden.new_ones(rows.input.shape[0], dtype=rows.compute_dtype)
+        normalizer = mean_denominator(ones, rows, to)
+    args = *distinct(*flat(given), to.token_weight, normalizer), needs
     loss = Reduced.apply(*args) if any(needs) else torch.ops.fastloss.linear_loss(*args)[0]
     return loss.to(to.dtype)
 
@@ -47,7 +48,7 @@ def per_row(given: LinearRows, extras: bool = False, shard: VocabShard | None = 
         return parallel.row_loss(over_shard(given, shard, parallel.statistics(given.rows, extras)), given.rows)
     if _needs_reference(given):
         return evaluate.row_losses(given.materialised(), extras)
-    out = PerRow.apply(*flat(given), extras, False, needs_of(given.head))
+    out = PerRow.apply(*distinct(*flat(given)), extras, False, needs_of(given.head))
     return RowLoss(*out) if extras else RowLoss(out)
 
 
@@ -57,4 +58,4 @@ def selected(given: LinearRows, extras: bool, shard: VocabShard | None = None) -
         return parallel.selected(over_shard(given, shard, parallel.Asked(extras, True)), given.rows)
     if _needs_reference(given):
         return reference.selected(given.materialised())
-    return PerRow.apply(*flat(given), extras, True, needs_of(given.head))
+    return PerRow.apply(*distinct(*flat(given)), extras, True, needs_of(given.head))

@@ -144,7 +144,7 @@ def upstream_of(rows: Rows, to: Reduction) -> Tensor:
     """What the reduced loss gives to losses (N,)."""
     upstream = to.token_weight
     if upstream is None:
-        upstream = torch.ones(len(rows.input), dtype=rows.compute_dtype, device=rows.input.device)
+        upstream = torch.ones(rows.input.shape[0], dtype=rows.compute_dtype, device=rows.input.device)
     return upstream if to.normalizer is None else upstream / to.normalizer
 
 

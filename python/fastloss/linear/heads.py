@@ -98,7 +98,7 @@ def room(
     """`limit` and `block_bytes` of LinearRows, from the bytes that the caller allows. Beside the logits (those of
     float32 where they are 16-bit, as a product may leave them) 16-bit gradients take the sums that they are rounded
     from. The same for all ranks of a shard, which sum their chunks: as if its parts were even."""
-    if not isinstance(max_chunk_bytes, int) or max_chunk_bytes < 1:
+    if not isinstance(max_chunk_bytes, (int, torch.SymInt)) or max_chunk_bytes < 1:
         raise ValueError(f"max_chunk_bytes: expected a number of bytes > 0, got {max_chunk_bytes!r}")
     block_bytes = max_chunk_bytes // 2
     if rows is not None:

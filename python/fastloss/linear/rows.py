@@ -34,7 +34,7 @@ from .heads import Head, LinearRows, stand_in
 
 _HEAD = "Tensor hidden, Tensor head_weight, Tensor? head_bias"
 _TEACHER = "Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias"
-_NUMBERS = f"{SPEC_SCHEMA}, int limit, int block_bytes, float? filter_eps"
+_NUMBERS = f"{SPEC_SCHEMA}, SymInt limit, SymInt block_bytes, float? filter_eps"
 SCHEMA = f"{_HEAD}, Tensor? target, {_TEACHER}, Tensor? weight, Tensor? probs, {_NUMBERS}"
 library.define(
     f"linear_loss({SCHEMA}, Tensor? token_weight, Tensor? normalizer, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)"
@@ -49,6 +49,17 @@ def flat(given: LinearRows) -> tuple[Any, ...]:
     target = rows.target if given.teacher is None else None
     tensors = *given.head, target, *(given.teacher or (None, None, None)), rows.weight, rows.probs
     return *tensors, *flat_spec(rows.spec), given.limit, given.block_bytes, given.filter_eps
+
+
+def distinct(*args: Any) -> list[Any]:
+    """The arguments of a Function, of which Dynamo refuses a tensor that comes twice: one LM head of student and
+    teacher. Its second place gets a view, and the gradient of that is autograd's to add."""
+    if not torch.compiler.is_compiling():
+        return list(args)
+    given: list[Any] = []
+    for a in args:
+        given.append(a.view_as(a) if isinstance(a, Tensor) and any(a is b for b in given) else a)
+    return given
 
 
 def record(*args: Any) -> tuple[LinearRows, list[Any]]:

@@ -24,7 +24,7 @@ from . import blocks, grads
 from .chunks import chunks, row_loss, without_effect
 from .grads import HeadGrads
 from .heads import Head, LinearRows
-from .rows import SCHEMA, as_inputs, fake_grads, flat, needs_of, record, save, saved
+from .rows import SCHEMA, as_inputs, distinct, fake_grads, flat, needs_of, record, save, saved
 
 _SHARD = "int start, int stop, int vocab_size, str group, bool sum_hidden"
 library.define(f"sharded_head_loss({SCHEMA}, {_SHARD}, bool extras, bool picks) -> Tensor[]")
@@ -61,7 +61,7 @@ def _sharded_head_loss(*args: Any) -> list[Tensor]:
 def _(*args: Any) -> list[Tensor]:
     given, (*_, extras, picks) = record(*args)
     rows, objective, new = given.rows, given.rows.spec.objective, given.head.hidden.new_empty
-    N, K, F = len(rows.input), rows.target.shape[1] if rows.probs is not None else 1, rows.compute_dtype
+    N, K, F = rows.input.shape[0], rows.target.shape[1] if rows.probs is not None else 1, rows.compute_dtype
     weighted, tailed = rows.weight is not None and objective == Objective.INDEX, objective == Objective.TOPK_TAIL
     return [
         new(N, dtype=F),
@@ -93,7 +93,7 @@ class ShardedHead(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> Any:
         *call, shard, asked, needs = args
         loss, stats, *found = torch.ops.fastloss.sharded_head_loss(*call, *_fields(shard), *asked)
-        weight, argmax, picked, *tail = (t if len(t) == len(loss) else None for t in found)
+        weight, argmax, picked, *tail = (t if t.shape[0] == loss.shape[0] else None for t in found)
         save(ctx, call, stats, *(t for t in tail if t is not None))
         ctx.set_materialize_grads(False)
         ctx.shard, ctx.needs = shard, needs
@@ -156,4 +156,4 @@ def over_shard(given: LinearRows, shard: VocabShard, asked: Asked = PLAIN) -> Ou
         rows = rows._replace(target=rows.input)
     teacher = None if given.teacher is None else given.teacher.of_classes(0, size)
     given = LinearRows(rows, given.head.of_classes(0, size), teacher, given.limit, given.block_bytes)
-    return Outcome(*ShardedHead.apply(*flat(given), shard, asked, needs_of(given.head)))
+    return Outcome(*ShardedHead.apply(*distinct(*flat(given)), shard, asked, needs_of(given.head)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -57,10 +59,10 @@ def next_token_labels(
         following = following.masked_fill(padding, ignore_index)
     if document_ids is not None:
         ids = same_shape("document_ids", document_ids, labels)
-        following = following.masked_fill(_before(ids[..., 1:] != ids[..., :-1]), ignore_index)
+        following = following.masked_fill(_before(ids, torch.ne), ignore_index)
     if position_ids is not None:
         ids = same_shape("position_ids", position_ids, labels)
-        following = following.masked_fill(_before(ids[..., 1:] <= ids[..., :-1]), ignore_index)
+        following = following.masked_fill(_before(ids, torch.le), ignore_index)
     return following
 
 
@@ -153,6 +155,8 @@ def same_shape(name: str, value: Tensor, labels: Tensor) -> Tensor:
     return value
 
 
-def _before(border: Tensor) -> Tensor:
-    """(..., T - 1), whether a border lies between t and t + 1, as (..., T): nothing follows the last position."""
-    return pad(border, (0, 1), value=False)
+def _before(ids: Tensor, is_border: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """(..., T), whether a border lies between t and t + 1; nothing follows the last position. Not of T - 1 ids:
+    torch.export would hold that two tokens never come."""
+    T = ids.shape[-1]
+    return is_border(pad(ids, (0, 1))[..., 1:], ids) & (torch.arange(1, T + 1, device=ids.device) < T)

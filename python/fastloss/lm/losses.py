@@ -103,7 +103,7 @@ def masked_lm_loss(
     if positions is not None:
         if not isinstance(positions, Tensor):
             raise TypeError(f"argument 'positions' must be Tensor, not {type(positions).__name__}")
-        if positions.dim() != 1 or logits.dim() != 2 or len(logits) != len(positions):
+        if positions.dim() != 1 or logits.dim() != 2 or logits.shape[0] != positions.shape[0]:
             raise ValueError(
                 f"logits: expected shape (M, V), one row for each of positions (M), got {tuple(logits.shape)} "
                 f"with positions {tuple(positions.shape)}"

@@ -93,7 +93,7 @@ def placed(rows: Rows, part: Part) -> tuple[Tensor, Tensor, Tensor]:
 
 def _nothing(rows: Rows) -> PartLoss:
     """Of a part without classes."""
-    N, K = len(rows.input), 0 if rows.probs is None else rows.probs.shape[1]
+    N, K = rows.input.shape[0], 0 if rows.probs is None else rows.probs.shape[1]
     logits = rows.input.new_full((N, K + 1), -torch.inf, dtype=rows.compute_dtype)
     none, zero = logits[:, K], torch.zeros_like(logits[:, K])
     return PartLoss(zero, torch.stack([none, zero, none, zero, none]), zero, none, logits[:, :K])
