@@ -42,7 +42,7 @@ def row_losses(
     result = reference.row_result(rows)
     if not extras:
         return entrances.RowLoss(*result)
-    argmax = reference.transform(rows.input.detach(), rows.spec).argmax(-1)
+    argmax = reference.transform(rows.flat().input.detach(), rows.spec).argmax(-1)
     return entrances.RowLoss(*result, argmax, reference.rank(rows))
 
 

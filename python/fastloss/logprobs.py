@@ -13,6 +13,7 @@ from .parallel import VocabShard, takes_dtensors
 from .parallel import rows as sharded
 from .rows import RowLoss
 from .spec import COMPUTE_DTYPE, Objective, Rows, make_spec
+from .strides import count_rows
 
 
 class RowStats(NamedTuple):
@@ -70,7 +71,7 @@ def row_stats(
     shape = input.shape[:-1]
     spec = make_spec(ignore_index, 0.0, 0.0, softcap, logit_scale, Objective.INDEX, temperature)
     if target is None:
-        y = x.new_full((x.shape[0],), spec.ignore_index, dtype=torch.int64)
+        y = x.new_full((count_rows(x),), spec.ignore_index, dtype=torch.int64)
     else:
         y = arguments.beside(target, "target", input, shape, integral=True).reshape(-1)
     row = row_losses(Rows(x, y, None, spec), extras=True, shard=shard)
@@ -194,6 +195,6 @@ def selective_rows(input: Tensor, index: Tensor, numbers: tuple[Any, ...]) -> tu
     y = arguments.beside(index, "index", input, expected, integral=True)
     objective = Objective.TOPK if many else Objective.INDEX
     spec = make_spec(ignore_index, 0.0, 0.0, softcap, logit_scale, objective, temperature)
-    y = y.reshape(x.shape[0], index.shape[-1]) if many else y.reshape(-1)
+    y = y.reshape(count_rows(x), index.shape[-1]) if many else y.reshape(-1)
     probs = x.new_zeros(y.shape, dtype=COMPUTE_DTYPE[x.dtype]) if many else None
     return Rows(x, y, None, spec, probs), expected

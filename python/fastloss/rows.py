@@ -67,13 +67,13 @@ def _row_loss(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 @torch.library.impl(library, "row_grad", "CompositeExplicitAutograd")
 def _row_grad(*args: Any) -> Tensor:
     rows, (stats, upstream) = _record(*args)
-    return choose(rows).row_grad(rows, stats, upstream)
+    return choose(rows).row_grad(rows, stats, upstream).contiguous()  # as its fake says
 
 
 @torch.library.register_fake("fastloss::row_loss", lib=library)
 def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, (extras, *_) = _record(*args)
-    N, new = rows.input.shape[0], rows.input.new_empty
+    N, new = rows.N, rows.input.new_empty
     ranked = extras and rows.spec.objective == Objective.INDEX
     argmax, rank = new(N if extras else 0, dtype=torch.int64), new(N if ranked else 0, dtype=torch.int64)
     return new(N, dtype=rows.compute_dtype), new((5, N), dtype=rows.compute_dtype), argmax, rank
@@ -177,7 +177,7 @@ class Selected(torch.autograd.Function):
         ctx.save_for_backward(input, index, stats)
         ctx.spec = spec
         ctx.set_materialize_grads(False)
-        listed = input.gather(1, torch.where(index == spec.ignore_index, 0, index))
+        listed = rows.logits_of(torch.where(index == spec.ignore_index, 0, index))
         log_prob = selected_log_probs(reference.transform(listed, spec), rows, stats)
         return log_prob, stats[4].clone() if extras else stats.new_empty(0)
 

@@ -41,6 +41,7 @@ def transform(input: Tensor, spec: Spec) -> Tensor:
 
 def row_result(rows: Rows) -> RowResult:
     """Loss and statistics of each row."""
+    rows = rows.flat()
     z = transform(rows.input, rows.spec)
     log_p = torch.log_softmax(z, -1)
     lse = torch.logsumexp(z, -1)
@@ -166,7 +167,7 @@ def smooth_probs(q: Tensor, weight: Tensor | None, spec: Spec) -> Tensor:
 
 def selected(input: Tensor, index: Tensor, spec: Spec) -> tuple[Tensor, Tensor]:
     """(log-probabilities of classes (N, K), 0 where ignored; entropy (N,))."""
-    log_p = torch.log_softmax(transform(input, spec), -1)
+    log_p = torch.log_softmax(transform(input.flatten(0, -2), spec), -1)
     valid = index != spec.ignore_index
     return torch.where(valid, log_p.gather(1, torch.where(valid, index, 0)), 0), -expectation(log_p, log_p)
 
@@ -177,6 +178,7 @@ def selected(input: Tensor, index: Tensor, spec: Spec) -> tuple[Tensor, Tensor]:
 def row_loss(rows: Rows, extras: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss (N,), stats (5, N): centre, log_sum, log_prob, mass, entropy; with extras argmax (N,) and the rank (N,) of
     a class index, the number of larger logits, else empty)."""
+    rows = rows.flat()
     result = row_result(rows)
     z = transform(rows.input, rows.spec)
     top = z.amax(-1) if z.shape[-1] else result.lse
@@ -189,9 +191,9 @@ def rank(rows: Rows) -> Tensor:
     """How many logits are larger than the target's, (N,); 0 where it is ignored."""
     if rows.spec.objective != Objective.INDEX:
         return rows.input.new_empty(0, dtype=torch.int64)
-    valid = rows.target != rows.spec.ignore_index
-    x_y = rows.input.gather(1, torch.where(valid, rows.target, 0)[:, None])
-    return torch.where(valid, (rows.input > x_y).sum(-1), 0)
+    input, valid = rows.flat().input, rows.target != rows.spec.ignore_index
+    x_y = input.gather(1, torch.where(valid, rows.target, 0)[:, None])
+    return torch.where(valid, (input > x_y).sum(-1), 0)
 
 
 def _mass(rows: Rows) -> Tensor:
@@ -201,7 +203,7 @@ def _mass(rows: Rows) -> Tensor:
         return smooth_probs(rows.target.to(rows.compute_dtype), w, spec).sum(-1)
     valid = valid_rows(rows)
     if valid is None:
-        return rows.input.new_ones(rows.input.shape[0], dtype=rows.compute_dtype)
+        return rows.input.new_ones(rows.N, dtype=rows.compute_dtype)
     if spec.objective == Objective.INDEX:
         mass = valid.to(rows.compute_dtype) if w is None else w[torch.where(valid, rows.target, 0)]
     else:
@@ -220,13 +222,13 @@ def row_grad(rows: Rows, stats: Tensor, upstream: list[Tensor | None], out: Tens
         result = row_result(rows._replace(input=x))
         pairs = [(r, g) for r, g in zip(result, upstream, strict=True) if g is not None]
         (dx,) = torch.autograd.grad([r for r, _ in pairs], x, [g.to(r.dtype) for r, g in pairs])
-    asked = torch.zeros(dx.shape[:1], dtype=torch.bool, device=dx.device)
+    asked = torch.zeros(rows.N, dtype=torch.bool, device=dx.device)
     for g in (g for _, g in pairs):
         asked = asked | (g != 0)
     valid = valid_rows(rows)
     if upstream[1] is None and upstream[3] is None and valid is not None:
         asked = asked & valid
-    dx = torch.where(asked[:, None], dx, 0)  # exact zeros even where the row holds NaN
+    dx = torch.where(asked.reshape(*dx.shape[:-1], 1), dx, 0)  # exact zeros even where the row holds NaN
     return dx if out is None else out.copy_(dx)
 
 
