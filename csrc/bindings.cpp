@@ -39,19 +39,19 @@ void row_loss(const py::tuple& rows_tuple, uintptr_t loss, uintptr_t stats, uint
 }
 
 void row_grad(const py::tuple& rows_tuple, uintptr_t stats, const std::vector<std::pair<uintptr_t, int64_t>>& upstream,
-              uintptr_t grad, int64_t grad_stride) {
+              const GradFields& grad) {
   const Rows rows = parse_rows(rows_tuple);
   check_targets(rows);
   if (upstream.size() != 4) throw std::invalid_argument("upstream: expected four vectors");
   Vector g[4];
   for (size_t i = 0; i < 4; ++i) g[i] = vector(upstream[i].first, upstream[i].second);
-  const Matrix dx = matrix(grad, rows.input.rows, rows.input.cols, grad_stride, int(rows.input.dtype));
+  const Matrix dx = parse_grad(rows, grad);
   const py::gil_scoped_release release;
   kernels(rows.input.dtype).row_grad(rows, reinterpret_cast<const void*>(stats), g, dx);
 }
 
 double row_loss_grad(const py::tuple& rows_tuple, int reduction, uintptr_t token_weight,
-                     std::optional<double> normalizer, double upstream, uintptr_t grad, int64_t grad_stride,
+                     std::optional<double> normalizer, double upstream, const std::optional<GradFields>& grad,
                      bool streaming) {
   const Rows rows = parse_rows(rows_tuple);
   check_targets(rows);
@@ -62,7 +62,7 @@ double row_loss_grad(const py::tuple& rows_tuple, int reduction, uintptr_t token
   r.normalizer = normalizer.value_or(0);
   r.upstream = upstream;
   r.streaming = streaming;
-  if (grad) r.grad = matrix(grad, rows.input.rows, rows.input.cols, grad_stride, int(rows.input.dtype));
+  if (grad) r.grad = parse_grad(rows, *grad);
   const py::gil_scoped_release release;
   return kernels(rows.input.dtype).row_loss_grad(rows, r);
 }
@@ -99,10 +99,9 @@ double merge_parts(uintptr_t columns, int64_t parts, int64_t stride, int64_t N, 
   return merge_parts(reinterpret_cast<const char*>(columns), parts, stride, N, whole.dtype, whole.data);
 }
 
-void part_grad(const py::tuple& rows_tuple, int64_t start, uintptr_t stats, double upstream, uintptr_t grad,
-               int64_t grad_stride) {
+void part_grad(const py::tuple& rows_tuple, int64_t start, uintptr_t stats, double upstream, const GradFields& grad) {
   const Part p = part(rows_tuple, start);
-  const Matrix dx = matrix(grad, p.rows.input.rows, p.rows.input.cols, grad_stride, int(p.rows.input.dtype));
+  const Matrix dx = parse_grad(p.rows, grad);
   const py::gil_scoped_release release;
   part_grad(p, reinterpret_cast<const void*>(stats), upstream, dx);
 }
@@ -168,7 +167,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("row_loss_grad", &row_loss_grad);
   m.def("part_loss", py::overload_cast<const py::tuple&, int64_t, int64_t, uintptr_t>(&part_loss));
   m.def("merge_parts", py::overload_cast<uintptr_t, int64_t, int64_t, int64_t, int, uintptr_t>(&merge_parts));
-  m.def("part_grad", py::overload_cast<const py::tuple&, int64_t, uintptr_t, double, uintptr_t, int64_t>(&part_grad));
+  m.def("part_grad", py::overload_cast<const py::tuple&, int64_t, uintptr_t, double, const GradFields&>(&part_grad));
   m.def("matmul", &matmul);
   m.def("head_loss", &head_loss);
   m.def("available_isas", &available_isas);

@@ -12,6 +12,7 @@ import fastloss
 PACKAGE = Path(fastloss.__file__).parent
 # A module may import those of lower layers, and its own layer's submodules.
 LAYERS = [
+    {"strides"},
     {"spec", "saved"},
     {"arguments"},
     {"reduction"},

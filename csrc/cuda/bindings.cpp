@@ -50,27 +50,25 @@ void row_stats(const py::tuple& rows, uintptr_t states, uintptr_t parts, uintptr
   launch_row_stats(args, reinterpret_cast<void*>(states), reinterpret_cast<int32_t*>(parts), stream(on));
 }
 
-void row_grad(const py::tuple& rows, uintptr_t stats, const py::tuple& upstream, bool unless_one, uintptr_t grad,
-              int64_t grad_stride, const PyStream& on) {
+void row_grad(const py::tuple& rows, uintptr_t stats, const py::tuple& upstream, bool unless_one,
+              const GradFields& grad, const PyStream& on) {
   GradArgs args;
   args.rows = parse_rows(rows);
   args.stats = reinterpret_cast<const void*>(stats);
   args.upstream = parse_upstream(upstream);
   args.upstream.unless_one = unless_one;
-  const Matrix& x = args.rows.input;
-  args.grad = matrix(grad, x.rows, x.cols, grad_stride, int(x.dtype));
+  args.grad = parse_grad(args.rows, grad);
   launch_row_grad(args, stream(on));
 }
 
-void row_loss_grad(const py::tuple& rows, const py::tuple& upstream, bool unless_one, uintptr_t loss, uintptr_t grad,
-                   int64_t grad_stride, const PyStream& on) {
+void row_loss_grad(const py::tuple& rows, const py::tuple& upstream, bool unless_one, uintptr_t loss,
+                   const GradFields& grad, const PyStream& on) {
   LossGradArgs args;
   args.rows = parse_rows(rows);
   args.upstream = parse_upstream(upstream);
   args.upstream.unless_one = unless_one;
   args.loss = reinterpret_cast<void*>(loss);
-  const Matrix& x = args.rows.input;
-  args.grad = matrix(grad, x.rows, x.cols, grad_stride, int(x.dtype));
+  args.grad = parse_grad(args.rows, grad);
   launch_row_loss_grad(args, stream(on));
 }
 
@@ -94,9 +92,11 @@ void total(uintptr_t loss, int64_t N, int dtype, uintptr_t token_weight, uintptr
   launch_total(args, compute_dtype(DType(dtype)), stream(on));
 }
 
-void rescale(uintptr_t grad, int64_t rows, int64_t cols, int64_t stride, int dtype, uintptr_t upstream,
-             const PyStream& on) {
-  launch_rescale({matrix(grad, rows, cols, stride, dtype), reinterpret_cast<const void*>(upstream)}, stream(on));
+void rescale(const GradFields& grad, int64_t rows, int64_t cols, int dtype, uintptr_t upstream, const PyStream& on) {
+  const auto [address, row_stride, group, group_stride] = grad;
+  launch_rescale(
+      {matrix(address, rows, cols, row_stride, dtype, group, group_stride), reinterpret_cast<const void*>(upstream)},
+      stream(on));
 }
 
 }  // namespace

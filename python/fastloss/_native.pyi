@@ -16,7 +16,7 @@ def row_loss(
     rows: tuple[Any, ...], loss: int, stats: int, argmax: int, rank: int, extras: bool, whole: bool
 ) -> None: ...
 def row_grad(
-    rows: tuple[Any, ...], stats: int, upstream: list[tuple[int, int]], grad: int, grad_stride: int
+    rows: tuple[Any, ...], stats: int, upstream: list[tuple[int, int]], grad: tuple[int, int, int, int]
 ) -> None: ...
 def row_loss_grad(
     rows: tuple[Any, ...],
@@ -24,13 +24,14 @@ def row_loss_grad(
     token_weight: int,
     normalizer: float | None,
     upstream: float,
-    grad: int,
-    grad_stride: int,
+    grad: tuple[int, int, int, int] | None,
     streaming: bool,
 ) -> float: ...
 def part_loss(rows: tuple[Any, ...], start: int, vocab_size: int, columns: int) -> int: ...
 def merge_parts(columns: int, parts: int, stride: int, N: int, dtype: int, stats: int) -> float: ...
-def part_grad(rows: tuple[Any, ...], start: int, stats: int, upstream: float, grad: int, grad_stride: int) -> None: ...
+def part_grad(
+    rows: tuple[Any, ...], start: int, stats: int, upstream: float, grad: tuple[int, int, int, int]
+) -> None: ...
 def matmul(
     a: tuple[int, ...], b: tuple[int, ...], out: int, stride: int, start: int, add: bool, threads: int
 ) -> None: ...

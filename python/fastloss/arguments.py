@@ -1,17 +1,16 @@
-"""What callers pass, brought to rows: logits (N, V), and class indices (N,) or class probabilities (N, V).
+"""What callers pass, brought to rows: logits (..., V), and class indices (N,) or class probabilities (..., V).
 
 The checks raise torch's exception types on torch's conditions, before anything is computed or written.
 """
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from .saved import savable
 from .spec import COMPUTE_DTYPE, NUMBERS, Reduction, Spec, constant
+from .strides import count_rows, overlap
 
 _INDEX_DTYPES = (torch.int64, torch.int32, torch.uint8)
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -22,7 +21,7 @@ _LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
 def as_rows(input: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """Views (or, for strided classes, copies) of the logits as (N, V) and of the target as (N,) or (N, V)."""
+    """Views of the logits as (N, V) or (..., V), and of the target as (N,) or in the logits' shape."""
     # What nearly every call is comes first: small ones must be quick.
     takes = input.dtype in COMPUTE_DTYPE and input.layout is torch.strided
     if takes and target.dtype is torch.int64 and input.dim() == 2 and target.dim() == 1:
@@ -62,7 +61,7 @@ def _class_rows(x: Tensor) -> Tensor:
         return x
     if x.dim() < 2:
         return x.reshape(1, -1)
-    return x.movedim(1, -1).flatten(0, -2)
+    return x.movedim(1, -1)
 
 
 def _check_index_shape(input: Tensor, target: Tensor) -> None:
@@ -119,11 +118,11 @@ def _check_smoothed_weight(weight: Tensor, target: Tensor, classes: int, spec: S
 
 
 def check_token_weight(token_weight: Tensor, logits: Tensor, shape: torch.Size) -> Tensor:
-    """Weights of the rows of these logits, of targets of `shape`, as (N,) in the compute dtype. Masks and counts are
-    weights too: bool and integers."""
+    """Weights of the rows of these logits (..., V), of targets of `shape`, as (N,) in the compute dtype. Masks and
+    counts are weights too: bool and integers."""
     if not isinstance(token_weight, Tensor):
         raise TypeError(f"argument 'token_weight' must be Tensor, not {type(token_weight).__name__}")
-    flat = torch.Size((math.prod(shape),))
+    flat = torch.Size((count_rows(logits),))
     if not (equal_shapes(token_weight.shape, shape) or equal_shapes(token_weight.shape, flat)):
         raise ValueError(
             f"token_weight: expected shape {tuple(shape)} (one weight per target), got {tuple(token_weight.shape)}"
@@ -152,7 +151,7 @@ def as_normalizer(normalizer: Tensor | float, like: Tensor, reduction: str) -> T
 
 
 def classes_last(input: Tensor, name: str = "input") -> Tensor:
-    """Logits (..., V) as rows (N, V)."""
+    """Logits (..., V), checked, with at least one dimension before the classes."""
     if not isinstance(input, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(input).__name__}")
     if input.dtype not in COMPUTE_DTYPE or input.layout is not torch.strided:
@@ -162,8 +161,7 @@ def classes_last(input: Tensor, name: str = "input") -> Tensor:
         )
     if input.dim() == 0:
         raise RuntimeError(f"{name}: expected logits of shape (..., V), got a scalar")
-    # Not -1: a part of a vocabulary may have no classes to divide by.
-    return input if input.dim() == 2 else input.reshape(math.prod(input.shape[:-1]), input.shape[-1])
+    return input[None] if input.dim() == 1 else input
 
 
 def check_filter_eps(filter_eps: float | None) -> float | None:
@@ -297,11 +295,10 @@ def check_inplace(input: Tensor, rows: Tensor) -> None:
         raise RuntimeError(
             "inplace=True: input is a leaf Variable that requires grad, or a view of one, and cannot be overwritten"
         )
-    dense = rows.shape[0] <= 1 or rows.stride(0) >= rows.shape[1]
-    if rows.data_ptr() != input.data_ptr() or (rows.shape[1] > 1 and rows.stride(1) != 1) or not dense:
+    if overlap(rows):
         raise ValueError(
-            f"inplace=True: expected logits whose classes are contiguous and whose rows do not overlap, got shape "
-            f"{tuple(input.shape)} with strides {input.stride()}"
+            f"inplace=True: expected logits whose classes are contiguous and whose rows do not overlap, at one or two "
+            f"strides, got shape {tuple(input.shape)} with strides {input.stride()}"
         )
 
 

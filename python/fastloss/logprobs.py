@@ -14,6 +14,7 @@ from .parallel import rows as sharded
 from .public import public_loss
 from .rows import RowLoss
 from .spec import COMPUTE_DTYPE, Objective, Rows, make_spec
+from .strides import count_rows
 
 
 class RowStats(NamedTuple):
@@ -91,7 +92,7 @@ def _stats_rows(input: Tensor, target: Tensor | None, row_mask: Tensor | None, n
         y = arguments.beside(target, "target", input, input.shape[:-1], integral=True).reshape(-1)
         return Rows(x, _masked(y, counts, spec.ignore_index), None, spec)
     spec = spec._replace(ignore_index=-100)  # which might be the class that is listed
-    y = x.new_zeros((x.shape[0], 1), dtype=torch.int64)
+    y = x.new_zeros((count_rows(x), 1), dtype=torch.int64)
     probs = x.new_zeros(y.shape, dtype=COMPUTE_DTYPE[x.dtype])
     return Rows(x, _masked(y, counts, spec.ignore_index), None, spec, probs)
 
@@ -226,6 +227,6 @@ def selective_rows(
     y = arguments.beside(index, "index", input, expected, integral=True)
     objective = Objective.TOPK if many else Objective.INDEX
     spec = make_spec(ignore_index, 0.0, 0.0, softcap, logit_scale, objective, temperature)
-    y = y.reshape(x.shape[0], index.shape[-1]) if many else y.reshape(-1)
+    y = y.reshape(count_rows(x), index.shape[-1]) if many else y.reshape(-1)
     probs = x.new_zeros(y.shape, dtype=COMPUTE_DTYPE[x.dtype]) if many else None
     return Rows(x, _masked(y, counts, spec.ignore_index), None, spec, probs), expected

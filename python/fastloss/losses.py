@@ -151,7 +151,7 @@ def cross_entropy(
     spec = make_spec(ignore_index, label_smoothing, z_loss, softcap, logit_scale, objective)
     x, y = arguments.as_rows(input, target, spec.ignore_index)
     if weight is not None:
-        weight = arguments.as_class_weights(weight, input, y, x.shape[1], spec, reduction)
+        weight = arguments.as_class_weights(weight, input, y, x.shape[-1], spec, reduction)
     if token_weight is not None:
         token_weight = arguments.check_token_weight(token_weight, x, _row_shape(input, target))
     if normalizer is not None:

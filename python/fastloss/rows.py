@@ -68,13 +68,13 @@ def _row_loss(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 @torch.library.impl(library, "row_grad", "CompositeExplicitAutograd")
 def _row_grad(*args: Any) -> Tensor:
     rows, (stats, upstream) = _record(*args)
-    return choose(rows).row_grad(rows, stats, upstream)
+    return choose(rows).row_grad(rows, stats, upstream).contiguous()  # as its fake says
 
 
 @torch.library.register_fake("fastloss::row_loss", lib=library)
 def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, (extras, *_) = _record(*args)
-    N, new = rows.input.shape[0], rows.input.new_empty
+    N, new = rows.N, rows.input.new_empty
     ranked = extras and rows.spec.objective == Objective.INDEX
     argmax, rank = new(N if extras else 0, dtype=torch.int64), new(N if ranked else 0, dtype=torch.int64)
     return new(N, dtype=rows.compute_dtype), new((5, N), dtype=rows.compute_dtype), argmax, rank
@@ -210,7 +210,7 @@ class Selected(torch.autograd.Function):
         save(ctx, input, index, stats)
         ctx.spec, ctx.extras = spec, extras
         ctx.set_materialize_grads(False)
-        listed = input.gather(1, torch.where(index == spec.ignore_index, 0, index))
+        listed = rows.logits_of(torch.where(index == spec.ignore_index, 0, index))
         log_prob = selected_log_probs(reference.transform(listed, spec), rows, stats)
         return log_prob, entropy_of(stats) if extras else stats.new_empty(0)
 

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .strides import count_rows
+
 NUMBERS: tuple[type, ...] = (float, int, torch.SymFloat, torch.SymInt)
 try:
     import numpy
@@ -66,7 +68,8 @@ class Spec(NamedTuple):
 
 class Rows(NamedTuple):
     """Rows of logits (N, V) and their targets: class indices (N,) or (N, K) int64, with the `probs` (N, K) of the
-    latter; class probabilities (N, V); or target logits (N, V). Class weights (V,)."""
+    latter; class probabilities (N, V); or target logits (N, V). Class weights (V,). What is (N, V) may also be
+    (..., V), of N rows in row-major order: as it came, so that views are read where they lie."""
 
     input: Tensor
     target: Tensor
@@ -77,6 +80,26 @@ class Rows(NamedTuple):
     @property
     def compute_dtype(self) -> torch.dtype:
         return COMPUTE_DTYPE[self.input.dtype]
+
+    @property
+    def N(self) -> int:
+        """How many rows."""
+        return count_rows(self.input)
+
+    @property
+    def V(self) -> int:
+        """How many classes."""
+        return self.input.shape[-1]
+
+    def flat(self) -> Rows:
+        """With all that is (..., V) as (N, V): for torch's own operations, which copy more than this may."""
+        target = self.target if self.spec.objective.indexed else self.target.flatten(0, -2)
+        return self._replace(input=self.input.flatten(0, -2), target=target)
+
+    def logits_of(self, index: Tensor) -> Tensor:
+        """Of the classes (N, K), (N, K)."""
+        K = index.shape[1]
+        return self.input.gather(-1, index.reshape(*self.input.shape[:-1], K)).reshape(index.shape)
 
 
 class Reduction(NamedTuple):

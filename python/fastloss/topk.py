@@ -139,7 +139,7 @@ def topk_rows(
     y = arguments.beside(indices, "indices", input, torch.Size(shape), integral=True).reshape(-1, K)
     q = arguments.beside(probs, "probs", input, torch.Size(shape)).reshape(-1, K)
     if weight is not None:
-        weight = arguments.beside(weight, "weight", input, torch.Size((x.shape[1],)))
+        weight = arguments.beside(weight, "weight", input, x.shape[-1:])
     return Rows(x, y, weight, make_spec(ignore_index, *numbers, _TAILS[tail]), q)
 
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ..spec import Objective, Rows
+from ..strides import count_rows
 from .device import STATE_FIELDS, Kernels, Passing, Upstream
-from .native import DTYPE_CODES, rows_fields
+from .native import DTYPE_CODES, lines, rows_fields
 
 
 @lru_cache(maxsize=1)
@@ -85,7 +86,7 @@ def _upstream_fields(upstream: Upstream) -> tuple[Any, ...]:
 def _cut(rows: Rows) -> tuple[int, int, int, int]:
     """What decides how rows are cut into blocks."""
     picks = rows.target.shape[1] if rows.probs is not None else 1
-    return rows.input.shape[1], DTYPE_CODES[rows.input.dtype], int(rows.spec.objective), picks
+    return rows.V, DTYPE_CODES[rows.input.dtype], int(rows.spec.objective), picks
 
 
 def _on_chip(rows: Rows) -> bool:
@@ -102,7 +103,7 @@ def _row_stats(
     rows: Rows, loss: Tensor, stats: Tensor, argmax: Tensor | None, rank: Tensor | None, whole: bool = False
 ) -> None:
     x, built = rows.input, _built()
-    N, slices = x.shape[0], built.slices(*_cut(rows))
+    N, slices = rows.N, built.slices(*_cut(rows))
     states = x.new_empty((N, slices, STATE_FIELDS), dtype=rows.compute_dtype)
     parts = None if argmax is None else x.new_empty((2, N, slices), dtype=torch.int32)
     addresses = (_address(t) for t in (states, parts, loss, stats, argmax, rank))
@@ -111,12 +112,12 @@ def _row_stats(
 
 def _row_grad(rows: Rows, stats: Tensor, upstream: Upstream, grad: Tensor, unless_one: bool) -> None:
     fields = rows_fields(rows), stats.data_ptr(), _upstream_fields(upstream)
-    _launch(_built().row_grad, grad, *fields, unless_one, grad.data_ptr(), grad.stride(0))
+    _launch(_built().row_grad, grad, *fields, unless_one, lines(grad))
 
 
 def _row_loss_grad(rows: Rows, upstream: Upstream, loss: Tensor, grad: Tensor, unless_one: bool) -> None:
     fields = rows_fields(rows), _upstream_fields(upstream)
-    _launch(_built().row_loss_grad, grad, *fields, unless_one, loss.data_ptr(), grad.data_ptr(), grad.stride(0))
+    _launch(_built().row_loss_grad, grad, *fields, unless_one, loss.data_ptr(), lines(grad))
 
 
 def _denominator(rows: Rows, token_weight: Tensor | None, out: Tensor) -> None:
@@ -130,7 +131,7 @@ def _total(loss: Tensor, token_weight: Tensor | None, denominator: Tensor | None
 
 
 def _rescale(grad: Tensor, upstream: Tensor) -> None:
-    matrix = grad.data_ptr(), *grad.shape, grad.stride(0), DTYPE_CODES[grad.dtype]
+    matrix = lines(grad), count_rows(grad), grad.shape[-1], DTYPE_CODES[grad.dtype]
     _launch(_built().rescale, grad, *matrix, upstream.data_ptr())
 
 

@@ -65,9 +65,9 @@ class Kernels(NamedTuple):
     # (rows, loss (N,), stats (STATS, N), argmax (N,) and rank (N,) or None); with argmax all of stats; of a JS a last
     # argument whether stats holds those of whole rows, of which these are a part
     row_stats: Callable[..., None]
-    # (rows, stats, upstream, grad (N, V), unless_one): with `unless_one` nothing is written if upstream.loss is one
+    # (rows, stats, upstream, grad (..., V), unless_one): with `unless_one` nothing is written if upstream.loss is one
     row_grad: Callable[[Rows, Tensor, Upstream, Tensor, bool], None]
-    # (rows, upstream, loss (N,), grad (N, V), unless_one): each row's gradient while the row is on chip
+    # (rows, upstream, loss (N,), grad (..., V), unless_one): each row's gradient while the row is on chip
     row_loss_grad: Callable[[Rows, Upstream, Tensor, Tensor, bool], None]
     # (rows, token_weight, out ()): what a mean divides by, the summed weights of the rows that count
     denominator: Callable[[Rows, Tensor | None, Tensor], None]
@@ -104,7 +104,7 @@ def _empty_grad(input: Tensor) -> Tensor:
 def _stats(
     kernels: Kernels, rows: Rows, extras: bool, whole: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    N = rows.input.shape[0]
+    N = rows.N
     ranked = extras and rows.spec.objective == Objective.INDEX
     loss = rows.input.new_empty(N, dtype=rows.compute_dtype)
     stats = rows.input.new_empty((STATS, N), dtype=rows.compute_dtype) if whole is None else whole.clone()
@@ -218,7 +218,7 @@ def row_loss_grad(
     be given back with another upstream. With a tensor upstream and an `out` that holds the gradient for an upstream of
     one, the device decides whether there is anything left to do, and the loss is not computed again."""
     given, rows = rows.input, _same_dtype(rows)
-    N = given.shape[0]
+    N = rows.N
     token_weight = None if to.token_weight is None else to.token_weight.contiguous()
     denominator = to.normalizer
     if denominator is None and to.kind == "mean":

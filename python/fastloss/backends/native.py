@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from ..spec import COMPUTE_DTYPE, REDUCTIONS, Objective, Reduction, Rows
+from ..strides import lines_of
+from ..strides import readable as readable_lines
 from . import products
 
 try:
@@ -47,7 +49,7 @@ def refuses(device: torch.device, dtype: torch.dtype, target_dtype: torch.dtype,
 
 
 def empty_grad(input: Tensor) -> tuple[Tensor, bool]:
-    """An uninitialised (N, V) gradient, and whether its memory is recycled (its pages exist)."""
+    """An uninitialised gradient of input's shape, contiguous, and whether its memory is recycled (its pages exist)."""
     if input.numel() * input.element_size() < _RECYCLE_BYTES:
         return (torch.empty_like(input) if input.is_contiguous() else input.new_empty(input.shape)), False
     return _from_buffer(input.shape, input.dtype)
@@ -67,50 +69,54 @@ def _from_buffer(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, bo
 
 def readable(rows: Rows) -> Rows:
     """The rows as kernels read them; copies only what they could not: logits, probabilities and target logits with
-    contiguous classes, the rest contiguous, weights in the compute dtype."""
+    contiguous classes, their rows at one or two strides (`lines_of`), the rest contiguous, weights in the compute
+    dtype."""
     input, target, weight, spec, probs = rows
-    plain = weight is None and probs is None and spec.objective is Objective.INDEX
-    if plain and input.stride()[-1] == 1 and target.is_contiguous():
+    plain, strides = weight is None and probs is None and spec.objective is Objective.INDEX, input.stride()
+    if plain and len(strides) == 2 and strides[1] == 1 and target.is_contiguous():
         return rows  # as nearly every call's are
     target = target.contiguous() if spec.objective.indexed else _beside(target, input.dtype)
     if weight is not None:
         weight = weight.detach().to(rows.compute_dtype).contiguous()
     if probs is not None:
         probs = probs.detach().to(rows.compute_dtype).contiguous()
-    return Rows(_class_contiguous(input), target, weight, spec, probs)
+    return Rows(readable_lines(input), target, weight, spec, probs)
 
 
 def _beside(q: Tensor, dtype: torch.dtype) -> Tensor:
-    """Probabilities or logits in a dtype that the kernels read beside logits of `dtype`, classes contiguous."""
+    """Probabilities or logits in a dtype that the kernels read beside logits of `dtype`, where they can read them."""
     if (q.dtype == torch.float64) != (dtype == torch.float64) or q.dtype not in DTYPE_CODES:
         q = q.to(COMPUTE_DTYPE[dtype])
-    return _class_contiguous(q)
+    return readable_lines(q)
 
 
-def _class_contiguous(x: Tensor) -> Tensor:
-    return x.contiguous() if x.shape[1] > 1 and x.stride(1) != 1 else x
+def lines(x: Tensor) -> tuple[int, int, int, int]:
+    """Address, and where the rows of a tensor (..., V) lie that `readable_lines` gave."""
+    if x.dim() == 2:  # as nearly every call's: small ones must be quick
+        return x.data_ptr(), x.stride(0), 0, 0
+    found = lines_of(x)
+    assert found is not None
+    return x.data_ptr(), *found
 
 
 def rows_fields(rows: Rows, threads: int = 1) -> tuple[Any, ...]:
     """What csrc/python.h, parse_rows, reads of `readable` rows."""
     input, target, weight, spec, probs = rows
-    N, V = input.shape
     objective = spec.objective
     indices, picks, dense = (target.data_ptr(), 1, probs) if objective.indexed else (0, 0, target)
     if target.dim() == 2 and indices:
         picks = target.shape[1]
-    address, stride, code = (
-        (0, 0, 0) if dense is None else (dense.data_ptr(), dense.stride(0), DTYPE_CODES[dense.dtype])
-    )
+    beside = (0, 0, 0, 0, 0) if dense is None else (*lines(dense), DTYPE_CODES[dense.dtype])
     weights = 0 if weight is None else weight.data_ptr()
-    logits = (input.data_ptr(), N, V, input.stride(0), DTYPE_CODES[input.dtype])
-    return (*logits, indices, picks, address, stride, code, weights, *spec, threads)
+    address, stride, group, outer = lines(input)
+    logits = (address, rows.N, input.shape[-1], stride, group, outer, DTYPE_CODES[input.dtype])
+    return (*logits, indices, picks, *beside, weights, *spec, threads)
 
 
 def row_states(rows: Rows) -> Tensor:
     """(N, 5) float64: the state of each row over this part of the vocabulary (csrc/row_state.h)."""
     rows = readable(rows)
-    states = torch.empty((rows.input.shape[0], 5), dtype=torch.float64, device="cpu")
+    states = torch.empty((rows.N, 5), dtype=torch.float64, device="cpu")
     _native.row_states(rows_fields(rows, _num_threads()), states.data_ptr())
     return states
 
@@ -201,7 +207,7 @@ def row_loss(rows: Rows, extras: bool, whole: Tensor | None = None) -> tuple[Ten
     """See reference.row_loss. Of a JS `whole` are the statistics of whole rows, of which these are a part: the loss is
     what the part contributes, and the last of the statistics likewise."""
     rows = readable(rows)
-    N, new, F = rows.input.shape[0], rows.input.new_empty, rows.compute_dtype
+    N, new, F = rows.N, rows.input.new_empty, rows.compute_dtype
     loss, stats = new(N, dtype=F), new((5, N), dtype=F) if whole is None else whole.clone()
     ranked = extras and rows.spec.objective == Objective.INDEX
     argmax, rank = (new(N if wanted else 0, dtype=torch.int64) for wanted in (extras, ranked))
@@ -218,7 +224,7 @@ def row_grad(rows: Rows, stats: Tensor, upstream: list[Tensor | None], out: Tens
     upstream = [None if g is None else g.to(stats.dtype) for g in upstream]
     pointers = [(0, 0) if g is None else (g.data_ptr(), g.stride(0)) for g in upstream]
     fields = rows_fields(rows, _num_threads())
-    _native.row_grad(fields, stats.data_ptr(), pointers, grad.data_ptr(), grad.stride(0))
+    _native.row_grad(fields, stats.data_ptr(), pointers, lines(grad))
     return grad
 
 
@@ -242,8 +248,7 @@ def row_loss_grad(
         0 if token_weight is None else token_weight.data_ptr(),
         None if to.normalizer is None else float(to.normalizer),
         upstream,
-        0 if grad is None else grad.data_ptr(),
-        0 if grad is None else grad.stride(0),
+        None if grad is None else lines(grad),
         streaming,
     )
     return scalar(value, to.dtype), grad, None
@@ -273,7 +278,7 @@ def merge_parts(everyone: Tensor, first: int, N: int, dtype: torch.dtype) -> tup
 def part_grad(rows: Rows, start: int, stats: Tensor, upstream: float, out: Tensor) -> None:
     """The gradient of a part's logits, `upstream` times that of every row's loss."""
     fields = rows_fields(readable(rows), _num_threads())
-    _native.part_grad(fields, start, stats.data_ptr(), upstream, out.data_ptr(), out.stride(0))
+    _native.part_grad(fields, start, stats.data_ptr(), upstream, lines(out))
 
 
 def scalar(value: float, dtype: torch.dtype) -> Tensor:

@@ -42,7 +42,7 @@ def transform(input: Tensor, spec: Spec) -> Tensor:
 
 def row_result(rows: Rows) -> RowResult:
     """Loss and statistics of each row."""
-    valid = valid_rows(rows)
+    rows, valid = rows.flat(), valid_rows(rows)
     if valid is not None:
         rows = _without(rows, ~valid)
     z = transform(rows.input, rows.spec)
@@ -72,6 +72,7 @@ def quiet(rows: Rows, *factors: Tensor | None) -> Rows:
     counts = rows_that_count(rows, *factors)
     if counts is None:
         return rows
+    rows = rows.flat()
     broken = torch.zeros_like(counts)
     for t in (rows.input, rows.target, rows.probs):
         if t is not None and t.is_floating_point():
@@ -218,7 +219,7 @@ def selected(rows: Rows) -> tuple[Tensor, Tensor]:
     """(log-probabilities of the listed classes (N, K), 0 where ignored; entropy (N,), 0 where all are)."""
     valid = rows.target != rows.spec.ignore_index
     some = valid.any(-1)
-    log_p = torch.log_softmax(transform(_without(rows, ~some).input, rows.spec), -1)
+    log_p = torch.log_softmax(transform(_without(rows.flat(), ~some).input, rows.spec), -1)
     log_prob = log_p.gather(1, torch.where(valid, rows.target, 0))
     return torch.where(valid, log_prob, 0), torch.where(some, -expectation(log_p, log_p), 0)
 
@@ -229,6 +230,7 @@ def selected(rows: Rows) -> tuple[Tensor, Tensor]:
 def row_loss(rows: Rows, extras: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss (N,), stats (5, N): centre, log_sum, log_prob, mass, entropy; with extras argmax (N,) and the rank (N,) of
     a class index, the number of larger logits, else empty). All are 0 of a row that is ignored."""
+    rows = rows.flat()
     result, valid = row_result(rows), valid_rows(rows)
     z = transform(rows.input, rows.spec)
     top = z.amax(-1) if z.shape[-1] else result.lse
@@ -240,16 +242,16 @@ def row_loss(rows: Rows, extras: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def argmax(rows: Rows) -> Tensor:
     """The most probable class, (N,); 0 where the target is ignored."""
-    largest, valid = transform(rows.input.detach(), rows.spec).argmax(-1), valid_rows(rows)
+    largest, valid = transform(rows.flat().input.detach(), rows.spec).argmax(-1), valid_rows(rows)
     return largest if valid is None else torch.where(valid, largest, 0)
 
 
 def target_logits(rows: Rows) -> Tensor:
     """The transformed logit of each row's class index, (N,), as it was read; 0 where that is ignored."""
     valid = rows.target != rows.spec.ignore_index
-    if not rows.input.shape[1]:
+    if not rows.V:
         return torch.zeros_like(rows.target, dtype=rows.compute_dtype)
-    x_y = rows.input.gather(1, torch.where(valid, rows.target, 0)[:, None])[:, 0]
+    x_y = rows.logits_of(torch.where(valid, rows.target, 0)[:, None])[:, 0]
     return torch.where(valid, transform(x_y, rows.spec), 0)
 
 
@@ -257,9 +259,9 @@ def rank(rows: Rows) -> Tensor:
     """How many logits are larger than the target's, (N,); 0 where it is ignored."""
     if rows.spec.objective != Objective.INDEX:
         return rows.input.new_empty(0, dtype=torch.int64)
-    valid = rows.target != rows.spec.ignore_index
-    x_y = rows.input.gather(1, torch.where(valid, rows.target, 0)[:, None])
-    return torch.where(valid, (rows.input > x_y).sum(-1), 0)
+    input, valid = rows.flat().input, rows.target != rows.spec.ignore_index
+    x_y = input.gather(1, torch.where(valid, rows.target, 0)[:, None])
+    return torch.where(valid, (input > x_y).sum(-1), 0)
 
 
 def _mass(rows: Rows) -> Tensor:
@@ -269,7 +271,7 @@ def _mass(rows: Rows) -> Tensor:
         return smooth_probs(rows.target.to(rows.compute_dtype), w, spec).sum(-1)
     valid = valid_rows(rows)
     if valid is None:
-        return rows.input.new_ones(rows.input.shape[0], dtype=rows.compute_dtype)
+        return rows.input.new_ones(rows.N, dtype=rows.compute_dtype)
     if spec.objective == Objective.INDEX:
         mass = valid.to(rows.compute_dtype) if w is None else w[torch.where(valid, rows.target, 0)]
     else:
@@ -288,12 +290,12 @@ def row_grad(rows: Rows, stats: Tensor, upstream: list[Tensor | None], out: Tens
         result = row_result(rows._replace(input=x))
         pairs = [(r, g) for r, g in zip(result, upstream, strict=True) if g is not None]
         (dx,) = torch.autograd.grad([r for r, _ in pairs], x, [g.to(r.dtype) for r, g in pairs])
-    asked = torch.zeros(dx.shape[:1], dtype=torch.bool, device=dx.device)
+    asked = torch.zeros(rows.N, dtype=torch.bool, device=dx.device)
     for g in (g for _, g in pairs):
         asked = asked | (g != 0)
     valid = valid_rows(rows)
     asked = asked if valid is None else asked & valid
-    dx = torch.where(asked[:, None], dx, 0)  # exact zeros even where the row holds NaN
+    dx = torch.where(asked.reshape(*dx.shape[:-1], 1), dx, 0)  # exact zeros even where the row holds NaN
     return dx if out is None else out.copy_(dx)
 
 

@@ -118,7 +118,7 @@ def _rows_of(given: LinearRows, part: Part, block: Part) -> LinearRows:
     head = given.head.of_classes(classes.start, classes.stop)
     teacher = None if given.teacher is None else given.teacher.of_classes(classes.start, classes.stop)
     rows = given.rows
-    target = rows.target if rows.spec.objective.indexed else rows.target[:, classes]
+    target = rows.target if rows.spec.objective.indexed else rows.target[..., classes]
     weight = None if rows.weight is None else rows.weight[classes]
     local = rows_of(rows._replace(input=rows.input[:, classes], target=target, weight=weight), block)
     limit = max(1, given.block_bytes // row_bytes(block.size, head.dtype, teacher is not None))

@@ -16,6 +16,7 @@ from ..backends import Backend
 from ..backends.device import set_first
 from ..reduction import rows_that_count
 from ..spec import Rows
+from ..strides import rows_at
 from .heads import Head, LinearRows, empty, on_chip
 
 _PANEL = 12  # chunks are whole panels of the matrix product's
@@ -56,7 +57,7 @@ def chunks(
         hidden = head.hidden[where]
         logits = _fill(buffer, hidden, head, backend) if filled else buffer[: hidden.shape[0]]
         if teacher is None or target_buffer is None:
-            target = rows.target[where]
+            target = rows_at(rows.target, where) if rows.target.is_floating_point() else rows.target[where]
         else:
             target = _fill(target_buffer, teacher.hidden[where], teacher, backend)
         probs = None if rows.probs is None else rows.probs[where]

@@ -157,7 +157,7 @@ def linear_cross_entropy(
     logits = heads.stand_in(head)
     x, y = arguments.as_rows(*_class_second(logits, target, linear_weight.dim() > 2), spec.ignore_index)
     if weight is not None:
-        weight = arguments.as_class_weights(weight, logits, y, x.shape[1], spec, reduction)
+        weight = arguments.as_class_weights(weight, logits, y, x.shape[-1], spec, reduction)
     losses = shape[:-1] if linear_weight.dim() == 2 else shape[:1] + shape[2:]
     if token_weight is not None:
         token_weight = arguments.check_token_weight(token_weight, x, losses)
@@ -166,7 +166,7 @@ def linear_cross_entropy(
     to = Reduction(reduction, token_weight, normalizer, arguments.loss_dtype(logits, target, weight, out_dtype))
     filter_eps = arguments.check_filter_eps(filter_eps)
     limits = heads.room(head, max_chunk_bytes, False, getattr(options, "batch_chunk_size", None), shard)
-    rows = Rows(x, y, weight, spec)
+    rows = Rows(x.flatten(0, -2), y, weight, spec)
     parts = [LinearRows(some, part, None, *limits, filter_eps) for some, part in _parts(rows, head)]
     if not return_stats and len(parts) == 1:
         loss = reduced_loss(parts[0], to, shard)
@@ -183,7 +183,7 @@ def _class_second(logits: Tensor, target: Tensor, positions: bool) -> tuple[Tens
     if positions or logits.dim() < 3:
         return logits, target
     if arguments.equal_shapes(target.shape, logits.shape):
-        return logits.flatten(0, -2), target.flatten(0, -2)
+        return logits.movedim(-1, 1), target.movedim(-1, 1)
     if target.shape != logits.shape[:-1]:
         raise ValueError(
             f"target: expected shape {tuple(logits.shape[:-1])} (class indices) or {tuple(logits.shape)} (class "
@@ -204,8 +204,9 @@ def _parts(rows: Rows, head: Head) -> list[tuple[Rows, Head]]:
     # Unbound rather than indexed: gradients are stacked once, not added to zeros for each.
     weights = weight.flatten(1, -2).unbind(1)
     biases = [None] * D if bias is None else bias.flatten(1).unbind(1)
+    target = rows.flat().target
     return [
-        (rows._replace(input=rows.input[d::D], target=rows.target[d::D]), Head(hidden, weights[d], biases[d]))
+        (rows._replace(input=rows.input[d::D], target=target[d::D]), Head(hidden, weights[d], biases[d]))
         for d in range(D)
     ]
 

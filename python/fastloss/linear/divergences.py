@@ -96,7 +96,7 @@ def _divergence(
     arguments.beside(stand_in(teacher), "target_input and target_linear_weight: logits", logits, logits.shape)
     to = arguments.as_reduction(logits, reduction, token_weight, mask, normalizer, out_dtype, KL_REDUCTIONS)
     spec = make_spec(-100, 0.0, z_loss, softcap, logit_scale, objective, temperature, beta)
-    x = arguments.classes_last(logits)
+    x = arguments.classes_last(logits).flatten(0, -2)
     limits = room(student, max_chunk_bytes, True, None, shard)
     loss = reduced_loss(LinearRows(Rows(x, x, None, spec), flattened(student), flattened(teacher), *limits), to, shard)
     return loss.reshape(shape) if to.kind == "none" else loss

@@ -85,7 +85,7 @@ def _topk(
     arguments.check_linear(*head)
     logits = stand_in(head)
     numbers = (label_smoothing, z_loss, softcap, logit_scale)
-    rows = topk_rows(logits, indices, probs, tail, weight, ignore_index, numbers)
+    rows = topk_rows(logits, indices, probs, tail, weight, ignore_index, numbers).flat()
     to = arguments.as_reduction(logits, reduction, token_weight, mask, normalizer, out_dtype)
     given = LinearRows(rows, flattened(head), None, *room(head, max_chunk_bytes, shard=shard))
     reduced = partial(reduced_loss, shard=shard)
@@ -131,7 +131,7 @@ def linear_selective_log_softmax(
     arguments.check_linear(*head)
     logits = stand_in(head)
     rows, expected = selective_rows(logits, index, (ignore_index, temperature, softcap, logit_scale), row_mask)
-    given = LinearRows(rows, flattened(head), None, *room(head, max_chunk_bytes, shard=shard))
+    given = LinearRows(rows.flat(), flattened(head), None, *room(head, max_chunk_bytes, shard=shard))
     if rows.probs is not None:
         log_prob, entropy = selected(given, return_entropy, shard)
     else:

@@ -93,7 +93,7 @@ def placed(rows: Rows, part: Part) -> tuple[Tensor, Tensor, Tensor]:
 
 def _nothing(rows: Rows) -> PartLoss:
     """Of a part without classes."""
-    N, K = rows.input.shape[0], 0 if rows.probs is None else rows.probs.shape[1]
+    N, K = rows.N, 0 if rows.probs is None else rows.probs.shape[1]
     logits = rows.input.new_full((N, K + 1), -torch.inf, dtype=rows.compute_dtype)
     none, zero = logits[:, K], torch.zeros_like(logits[:, K])
     return PartLoss(zero, torch.stack([none, zero, none, zero, none]), zero, none, logits[:, :K])
@@ -308,7 +308,7 @@ def tail_gradient(rows: Rows, local: Rows, part: Part, whole: Whole, g: Tensor, 
     of_tail = times(A, torch.exp(whole.tail.less(lse))) - whole.rest
     q, here = local.probs, placed(rows, part)[1]
     y = torch.where(here, local.target, 0)
-    z = transform(local.input.gather(1, y), spec)  # before the gradient overwrites them
+    z = transform(local.logits_of(y), spec)  # before the gradient overwrites them
     of_none = local._replace(probs=torch.zeros_like(q), spec=local.spec._replace(objective=Objective.TOPK, z_loss=0.0))
     zero = torch.zeros_like(of_tail)
     centre = torch.where(whole.tail.centre == -torch.inf, 0, whole.tail.centre)
@@ -325,5 +325,6 @@ def tail_gradient(rows: Rows, local: Rows, part: Part, whole: Whole, g: Tensor, 
     first = here.to(torch.int8).argmax(1, keepdim=True)
     some = here.any(1, keepdim=True)
     y = torch.where(here, y, y.gather(1, first))
-    dz = torch.where(here, dz, torch.where(some, dz.gather(1, first), grad[:, :1]))
-    return grad.scatter_(1, y, dz)
+    dz = torch.where(here, dz, torch.where(some, dz.gather(1, first), grad[..., :1].reshape(-1, 1)))
+    listed = *grad.shape[:-1], y.shape[1]
+    return grad.scatter_(-1, y.reshape(listed), dz.reshape(listed))

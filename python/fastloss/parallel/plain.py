@@ -25,7 +25,7 @@ def takes(rows: Rows, to: Reduction, shard: VocabShard) -> bool:
     plain = spec.objective is Objective.INDEX and not spec.label_smoothing and not spec.z_loss and rows.weight is None
     if not plain or to.kind == "none" or to.token_weight is not None or (divisor is not None and divisor.requires_grad):
         return False
-    size = len(rows.input) * native.PART_COLUMNS * rows.compute_dtype.itemsize
+    size = rows.N * native.PART_COLUMNS * rows.compute_dtype.itemsize
     fits = shard.part.size > 0 and shard.ranks > 1 and size <= BLOCK_BYTES - HEADER_BYTES
     return fits and eager(rows, divisor) and choose(rows).name == "cpu"
 
@@ -43,10 +43,10 @@ class PlainReduced(torch.autograd.Function):
         rows, to, shard, ctx.inplace = call
         header = header_of(rows, shard, PLAIN)
         block = new_block(header, input.device)
-        part = rows._replace(input=input.detach()[:, : shard.part.size])
+        part = rows._replace(input=input.detach()[..., : shard.part.size])
         count = native.part_loss(part, shard.start, shard.vocab_size, block[HEADER_BYTES:])
         everyone = exchange(block, header, shard)
-        total, stats = native.merge_parts(everyone, HEADER_BYTES, len(input), rows.compute_dtype)
+        total, stats = native.merge_parts(everyone, HEADER_BYTES, rows.N, rows.compute_dtype)
         divisor = (count if to.kind == "mean" else 1) if to.normalizer is None else float(to.normalizer)
         save(ctx, input, rows.target, stats)
         ctx.spec, ctx.shard, ctx.divisor = rows.spec, shard, divisor
@@ -57,13 +57,13 @@ class PlainReduced(torch.autograd.Function):
         refuse_formula(upstream)
         input, target, stats = saved(ctx)
         size, factor = ctx.shard.part.size, _over(upstream.item(), ctx.divisor)
-        rows = Rows(input.detach()[:, :size], target, None, ctx.spec)
+        rows = Rows(input.detach()[..., :size], target, None, ctx.spec)
         write = lambda grad: native.part_grad(rows, ctx.shard.start, stats, factor, grad)  # noqa: E731
         return written(input, size, ctx.inplace, write), None
 
 
 def reduced(rows: Rows, to: Reduction, shard: VocabShard, inplace: bool) -> Tensor:
     """The loss as `to` says."""
-    check_padding(rows.input.shape[1], shard)
+    check_padding(rows.V, shard)
     loss: Tensor = PlainReduced.apply(rows.input, (rows, to, shard, inplace))
     return loss

@@ -122,7 +122,7 @@ class Sharded(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, *args: Any) -> Any:
         *fields, shard, asked, inplace = args
-        rows = Rows(input[:, : shard.part.size], *fields)
+        rows = Rows(input[..., : shard.part.size], *fields)
         local = rows_of(rows, shard.part)
         whole = over_ranks(rows, local, shard, _compute, asked)
         save(ctx, rows, local, whole, input)
@@ -134,10 +134,10 @@ class Sharded(torch.autograd.Function):
         refuse_formula(*upstream)
         (input,), rows_over, whole = saved(ctx, 1)
         size, nothing = ctx.part.size, [None] * 7
-        rows, local = rows_over(input[:, :size].detach())
+        rows, local = rows_over(input[..., :size].detach())
         if torch.compiler.is_compiling():  # operators return what they make
-            made = gradients(rows, local, ctx.part, whole, upstream, call_row_grad) if size else input[:, :0]
-            return torch.nn.functional.pad(made, (0, input.shape[1] - size)), *nothing
+            made = gradients(rows, local, ctx.part, whole, upstream, call_row_grad) if size else input[..., :0]
+            return torch.nn.functional.pad(made, (0, input.shape[-1] - size)), *nothing
 
         def write(grad: Tensor) -> None:
             if size:
@@ -150,9 +150,9 @@ class Sharded(torch.autograd.Function):
 def written(input: Tensor, size: int, inplace: bool, write: Callable[[Tensor], None]) -> Tensor:
     """A gradient of logits, of whose classes `write` writes the first `size`; what is beyond is padding."""
     grad = input.detach() if inplace else _empty(input)
-    write(grad[:, :size])
-    if size < input.shape[1]:
-        grad[:, size:] = 0
+    write(grad[..., :size])
+    if size < input.shape[-1]:
+        grad[..., size:] = 0
     if inplace:
         torch.autograd.graph.increment_version(input)
     return grad
@@ -160,13 +160,13 @@ def written(input: Tensor, size: int, inplace: bool, write: Callable[[Tensor], N
 
 def _empty(input: Tensor) -> Tensor:
     """For a gradient: recycled memory, where CPUs would have to find it page by page."""
-    return native.empty_grad(input)[0] if input.device.type == "cpu" else torch.empty_like(input)
+    return native.empty_grad(input)[0] if input.device.type == "cpu" else input.new_empty(input.shape)
 
 
 def _compute(local: Rows, extras: bool, picks: bool, whole: Tensor | None) -> PartLoss:
     loss, stats, argmax, _ = call_row_loss(local, extras, whole)
-    top = local.input.gather(1, argmax[:, None])[:, 0] if extras else loss
-    logits = local.input.gather(1, local.target.clamp(min=0)) if picks else loss[:, None]
+    top = local.logits_of(argmax[:, None])[:, 0] if extras else loss
+    logits = local.logits_of(local.target.clamp(min=0)) if picks else loss[:, None]
     return PartLoss(loss, stats, argmax, top, logits)
 
 
@@ -183,7 +183,7 @@ def check(rows: Rows, shard: VocabShard) -> None:
     """Before anything is computed or said to other ranks."""
     if not isinstance(shard, VocabShard):
         raise TypeError(f"shard: expected a fastloss.VocabShard or None, got {type(shard).__name__}")
-    check_padding(rows.input.shape[1], shard)
+    check_padding(rows.V, shard)
     if rows.spec.objective.indexed:
         check_indices(rows.target, rows.spec.ignore_index, shard.vocab_size)
     constant = {"target": rows.target, "weight": rows.weight, "probs": rows.probs}
@@ -205,7 +205,7 @@ def of_part(rows: Rows, shard: VocabShard) -> Rows:
     size = shard.part.size
     dense = not rows.spec.objective.indexed
     weight = None if rows.weight is None else rows.weight[:size]
-    return rows._replace(target=rows.target[:, :size] if dense else rows.target, weight=weight)
+    return rows._replace(target=rows.target[..., :size] if dense else rows.target, weight=weight)
 
 
 def apply(rows: Rows, shard: VocabShard, asked: Asked = PLAIN, inplace: bool = False) -> Outcome:

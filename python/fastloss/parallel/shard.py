@@ -152,7 +152,7 @@ def header_of(rows: Rows, shard: VocabShard, asked: tuple[bool, ...]) -> tuple[i
     """The part, and numbers for all that must be alike."""
     picks = 0 if rows.probs is None else rows.probs.shape[1]
     said = str(rows.compute_dtype), rows.spec.objective.name, rows.spec, asked, picks, rows.weight is not None
-    return shard.start, shard.stop, shard.vocab_size, len(rows.input), *_numbers(*said)
+    return shard.start, shard.stop, shard.vocab_size, rows.N, *_numbers(*said)
 
 
 @lru_cache(maxsize=256)

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .loss import ROUNDING, epilogue, slope, squashed, times, unit_of
-from .row_kernels import NOTHING, STATE, at, hidden, kernel, logits, number, spread, weighted_upstream, weights
+from .row_kernels import NOTHING, STATE, at, hidden, kernel, line, logits, number, spread, weighted_upstream, weights
 from .state import LOG2E, exp, merge
 
 
@@ -67,19 +67,19 @@ def listed_sums(s, top, z, counts, unit, AXIS: tl.constexpr, TAIL: tl.constexpr)
 
 @kernel
 def listed_loss_grad(
-    x, x_stride: tl.int64, target, probs, picks, weight, V,
+    x, x_stride: tl.int64, x_group, x_outer: tl.int64, target, probs, picks, weight, V,
     ignore_index: tl.int64, label_smoothing: tl.float64, z_loss: tl.float64, softcap: tl.float64,
     logit_scale: tl.float64,
     g, g_stride: tl.int64, upstream: tl.float64, token_weight, token_stride: tl.int64, denominator, unless_one,
-    loss, grad, grad_stride: tl.int64,
+    loss, grad, grad_stride: tl.int64, grad_group, grad_outer: tl.int64,
     GENERAL: tl.constexpr, TAIL: tl.constexpr, PICKS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Grid (N,). The loss and the gradient of a row that stays in registers."""
     F: tl.constexpr = loss.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     columns, V, classes = tl.arange(0, BLOCK), V // VECTOR * VECTOR, V.to(F)
-    x += row * (x_stride // VECTOR * VECTOR)
-    grad += row * (grad_stride // VECTOR * VECTOR)
+    x += line(row, x_stride, x_group, x_outer, VECTOR)
+    grad += line(row, grad_stride, grad_group, grad_outer, VECTOR)
     target, probs = target + row * picks, probs + row * picks
     up, done = weighted_upstream(
         g, row * g_stride, upstream, token_weight, row * token_stride, denominator, unless_one, F
@@ -133,7 +133,7 @@ def listed_loss_grad(
 
 @kernel
 def listed_finish(
-    x, x_stride: tl.int64, target, probs, picks, weight, V, N: tl.int64,
+    x, x_stride: tl.int64, x_group, x_outer: tl.int64, target, probs, picks, weight, V, N: tl.int64,
     ignore_index: tl.int64, label_smoothing: tl.float64, z_loss: tl.float64, softcap: tl.float64,
     logit_scale: tl.float64,
     states, slices, loss, stats, argmax,
@@ -158,7 +158,7 @@ def listed_finish(
     y, share, _, counts = listed_classes(
         target + row * picks, probs + row * picks, weight, picks, V, ignore_index, F, PICKS
     )
-    z_y = tl.load(x + row * x_stride + y, mask=counts, other=0.0).to(F)
+    z_y = tl.load(x + line(row, x_stride, x_group, x_outer, 1) + y, mask=counts, other=0.0).to(F)
     if GENERAL:
         z_y = squashed(z_y, cap, scale)
     z_y, share, counts = tl.where(counts, z_y, NOTHING)[None, :], share[None, :], counts[None, :]
@@ -190,11 +190,12 @@ def listed_finish(
 
 @kernel
 def listed_grad(
-    x, x_stride: tl.int64, target, probs, picks, weight, V, N: tl.int64,
+    x, x_stride: tl.int64, x_group, x_outer: tl.int64, target, probs, picks, weight, V, N: tl.int64,
     ignore_index: tl.int64, label_smoothing: tl.float64, z_loss: tl.float64, softcap: tl.float64,
     logit_scale: tl.float64,
     g, g_stride: tl.int64, upstream: tl.float64, token_weight, token_stride: tl.int64, denominator, unless_one,
-    lse, lse_stride: tl.int64, entropy, entropy_stride: tl.int64, stats, grad, grad_stride: tl.int64,
+    lse, lse_stride: tl.int64, entropy, entropy_stride: tl.int64,
+    stats, grad, grad_stride: tl.int64, grad_group, grad_outer: tl.int64,
     GENERAL: tl.constexpr, TAIL: tl.constexpr, PICKS: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr,
     VECTOR: tl.constexpr,
 ):  # fmt: skip
@@ -209,8 +210,8 @@ def listed_grad(
     up_lse, up_entropy = at(lse, row * lse_stride, 0.0, F), at(entropy, row * entropy_stride, 0.0, F)
     columns, V, classes = tl.arange(0, BLOCK), V // VECTOR * VECTOR, V.to(F)
     last = tl.minimum(first + PART, V)
-    x += row * (x_stride // VECTOR * VECTOR)
-    grad += row * (grad_stride // VECTOR * VECTOR)
+    x += line(row, x_stride, x_group, x_outer, VECTOR)
+    grad += line(row, grad_stride, grad_group, grad_outer, VECTOR)
     y, share, w_y, counts = listed_classes(
         target + row * picks, probs + row * picks, weight, picks, V, ignore_index, F, PICKS
     )

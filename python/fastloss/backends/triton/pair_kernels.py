@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .loss import divergence, divergence_coefficients, mixed, slope, unit_of
-from .row_kernels import NOTHING, at, kernel, logits, number, weighted_upstream
+from .row_kernels import NOTHING, at, kernel, line, logits, number, weighted_upstream
 from .state import LOG2E, merge_pairs
 
 PAIR_STATE = tl.constexpr(5)  # centre, sum, target centre, target sum, tilt; of mixtures: divergence, mean
@@ -39,19 +39,20 @@ def pair_gradient(a, b, p, q, A, E, Q, beta, rest, FORWARD: tl.constexpr, REVERS
 
 @kernel
 def pair_loss_grad(
-    x, x_stride: tl.int64, target, target_stride: tl.int64, V,
+    x, x_stride: tl.int64, x_group, x_outer: tl.int64,
+    target, target_stride: tl.int64, target_group, target_outer: tl.int64, V,
     z_loss: tl.float64, softcap: tl.float64, logit_scale: tl.float64, target_scale: tl.float64, beta: tl.float64,
     g, g_stride: tl.int64, upstream: tl.float64, token_weight, token_stride: tl.int64, denominator, unless_one,
-    loss, grad, grad_stride: tl.int64,
+    loss, grad, grad_stride: tl.int64, grad_group, grad_outer: tl.int64,
     FORWARD: tl.constexpr, REVERSE: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Grid (N,). The loss and the gradient of a row that stays, with its target, in registers."""
     F: tl.constexpr = loss.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     columns, V = tl.arange(0, BLOCK), V // VECTOR * VECTOR
-    x += row * (x_stride // VECTOR * VECTOR)
-    target += row * (target_stride // VECTOR * VECTOR)
-    grad += row * (grad_stride // VECTOR * VECTOR)
+    x += line(row, x_stride, x_group, x_outer, VECTOR)
+    target += line(row, target_stride, target_group, target_outer, VECTOR)
+    grad += line(row, grad_stride, grad_group, grad_outer, VECTOR)
     up, done = weighted_upstream(
         g, row * g_stride, upstream, token_weight, row * token_stride, denominator, unless_one, F
     )
@@ -86,7 +87,8 @@ def pair_loss_grad(
 
 @kernel
 def pair_states(
-    x, x_stride: tl.int64, target, target_stride: tl.int64, V,
+    x, x_stride: tl.int64, x_group, x_outer: tl.int64,
+    target, target_stride: tl.int64, target_group, target_outer: tl.int64, V,
     softcap: tl.float64, logit_scale: tl.float64, target_scale: tl.float64, states, slices,
     FORWARD: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
@@ -96,8 +98,8 @@ def pair_states(
     columns, V = tl.arange(0, BLOCK), V // VECTOR * VECTOR - start
     cap, scale = number(softcap, F), number(logit_scale, F)
     states += (row * slices + tl.program_id(1)) * PAIR_STATE
-    x += row * (x_stride // VECTOR * VECTOR) + start
-    target += row * (target_stride // VECTOR * VECTOR) + start
+    x += line(row, x_stride, x_group, x_outer, VECTOR) + start
+    target += line(row, target_stride, target_group, target_outer, VECTOR) + start
     z, u = logits(x, columns, V, cap, scale, F, True), target_logits(target, columns, V, F)
     top, target_top = tl.max(z, 0), tl.max(u, 0)
     a, b = (z - finite(top)) * unit_of(cap, scale), (u - finite(target_top)) * number(target_scale, F)
@@ -152,7 +154,8 @@ def probabilities(z, unit, stats, i, N):
 
 @kernel
 def pair_mixtures(
-    x, x_stride: tl.int64, target, target_stride: tl.int64, V, N: tl.int64,
+    x, x_stride: tl.int64, x_group, x_outer: tl.int64,
+    target, target_stride: tl.int64, target_group, target_outer: tl.int64, V, N: tl.int64,
     softcap: tl.float64, logit_scale: tl.float64, target_scale: tl.float64, beta: tl.float64, stats, states, slices,
     BLOCK: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
@@ -162,8 +165,8 @@ def pair_mixtures(
     columns, V = tl.arange(0, BLOCK), V // VECTOR * VECTOR - start
     cap, scale, beta, rest = number(softcap, F), number(logit_scale, F), number(beta, F), number(1 - beta, F)
     states += (row * slices + tl.program_id(1)) * PAIR_STATE
-    z = logits(x + row * (x_stride // VECTOR * VECTOR) + start, columns, V, cap, scale, F, True)
-    u = target_logits(target + row * (target_stride // VECTOR * VECTOR) + start, columns, V, F)
+    z = logits(x + line(row, x_stride, x_group, x_outer, VECTOR) + start, columns, V, cap, scale, F, True)
+    u = target_logits(target + line(row, target_stride, target_group, target_outer, VECTOR) + start, columns, V, F)
     _, p = probabilities(z, unit_of(cap, scale), stats, row, N)
     _, q = probabilities(u, number(target_scale, F), stats, 2 * N + row, N)
     entries, h = mixed(p, q, beta, rest)
@@ -191,10 +194,11 @@ def pair_mixed(
 
 @kernel
 def pair_grad(
-    x, x_stride: tl.int64, target, target_stride: tl.int64, V, N: tl.int64,
+    x, x_stride: tl.int64, x_group, x_outer: tl.int64,
+    target, target_stride: tl.int64, target_group, target_outer: tl.int64, V, N: tl.int64,
     z_loss: tl.float64, softcap: tl.float64, logit_scale: tl.float64, target_scale: tl.float64, beta: tl.float64,
     g, g_stride: tl.int64, upstream: tl.float64, token_weight, token_stride: tl.int64, denominator, unless_one,
-    lse, lse_stride: tl.int64, stats, grad, grad_stride: tl.int64,
+    lse, lse_stride: tl.int64, stats, grad, grad_stride: tl.int64, grad_group, grad_outer: tl.int64,
     FORWARD: tl.constexpr, REVERSE: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Grid (N, parts). The gradient of PART columns of a row, from its statistics."""
@@ -207,9 +211,9 @@ def pair_grad(
         return
     up_lse = at(lse, row * lse_stride, 0.0, F)
     columns, V = tl.arange(0, BLOCK), V // VECTOR * VECTOR
-    x += row * (x_stride // VECTOR * VECTOR)
-    target += row * (target_stride // VECTOR * VECTOR)
-    grad += row * (grad_stride // VECTOR * VECTOR)
+    x += line(row, x_stride, x_group, x_outer, VECTOR)
+    target += line(row, target_stride, target_group, target_outer, VECTOR)
+    grad += line(row, grad_stride, grad_group, grad_outer, VECTOR)
     k, cap, scale = number(z_loss, F), number(softcap, F), number(logit_scale, F)
     unit, target_unit = unit_of(cap, scale), number(target_scale, F)
     beta, rest = number(beta, F), number(1 - beta, F)

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...spec import Objective, Rows
 from ..device import Upstream
 from . import pair_kernels
-from .rows import OPTIONS, PART, WARPS, block_of, elements_of, on, strided, upstream_of, vector_of, warps_of
+from .rows import OPTIONS, PART, WARPS, block_of, elements_of, lines, on, strided, upstream_of, vector_of, warps_of
 
 _HELD = 8  # elements of either row that one thread holds
 
@@ -23,23 +23,23 @@ def _direction(rows: Rows) -> dict[str, bool]:
 
 def _operands(rows: Rows) -> tuple[Any, ...]:
     x, u = rows.input, rows.target
-    return x, x.stride(0), u, u.stride(0), x.shape[1]
+    return x, *lines(x), u, *lines(u), rows.V
 
 
 def on_chip(rows: Rows) -> bool:
     """Whether both rows' numbers fit into the registers of a program."""
-    return rows.input.shape[1] <= 32 * WARPS * elements_of(rows.input.dtype, _HELD)
+    return rows.input.shape[-1] <= 32 * WARPS * elements_of(rows.input.dtype, _HELD)
 
 
 def row_loss_grad(rows: Rows, upstream: Upstream, loss: Tensor, grad: Tensor, unless_one: bool) -> None:
     """See Kernels."""
-    x, (N, V), spec = rows.input, rows.input.shape, rows.spec
+    x, N, V, spec = rows.input, rows.N, rows.V, rows.spec
     elements = elements_of(x.dtype, _HELD)
     block = block_of(V, 32 * WARPS * elements)
     with on(x):
         pair_kernels.pair_loss_grad[(N,)](
             *_operands(rows), spec.z_loss, spec.softcap, spec.logit_scale, spec.target_scale, spec.beta,
-            *upstream_of(upstream), int(unless_one), loss, grad, grad.stride(0), **_direction(rows),
+            *upstream_of(upstream), int(unless_one), loss, grad, *lines(grad), **_direction(rows),
             BLOCK=block, VECTOR=vector_of(V, x, rows.target, grad), num_warps=warps_of(block, elements), **OPTIONS,
         )  # fmt: skip
 
@@ -48,7 +48,7 @@ def row_stats(
     rows: Rows, loss: Tensor, stats: Tensor, argmax: Tensor | None, rank: Tensor | None, whole: bool = False
 ) -> None:
     """See Kernels. There is no argmax of a pair of rows."""
-    x, (N, V), spec = rows.input, rows.input.shape, rows.spec
+    x, N, V, spec = rows.input, rows.N, rows.V, rows.spec
     elements = elements_of(x.dtype, _HELD)
     block = block_of(V, 32 * WARPS * elements)
     slices = max(1, triton.cdiv(V, block))
@@ -73,13 +73,13 @@ def row_stats(
 
 def row_grad(rows: Rows, stats: Tensor, upstream: Upstream, grad: Tensor, unless_one: bool) -> None:
     """See Kernels."""
-    x, (N, V), spec = rows.input, rows.input.shape, rows.spec
+    x, N, V, spec = rows.input, rows.N, rows.V, rows.spec
     elements = elements_of(x.dtype, _HELD)
     block = block_of(V, 4 * 32 * elements)
     with on(x):
         pair_kernels.pair_grad[(N, triton.cdiv(V, PART))](
             *_operands(rows), N, spec.z_loss, spec.softcap, spec.logit_scale, spec.target_scale, spec.beta,
-            *upstream_of(upstream), int(unless_one), *strided(upstream.lse), stats, grad, grad.stride(0),
+            *upstream_of(upstream), int(unless_one), *strided(upstream.lse), stats, grad, *lines(grad),
             **_direction(rows), BLOCK=block, PART=PART, VECTOR=vector_of(V, x, rows.target, grad),
             num_warps=warps_of(block, elements), **OPTIONS,
         )  # fmt: skip

@@ -33,8 +33,14 @@ _NUMBERS = (
     "unless_one",
     "ignore_index",
     "x_stride",
+    "x_group",
+    "x_outer",
     "target_stride",
+    "target_group",
+    "target_outer",
     "grad_stride",
+    "grad_group",
+    "grad_outer",
     "token_stride",
 )
 _NUMBERS += ("g_stride", "lse_stride", "log_prob_stride", "entropy_stride")
@@ -50,6 +56,17 @@ def kernel(fn):
 def number(x, F: tl.constexpr):
     """A float argument, which comes in double, in the compute dtype."""
     return tl.full((), x, F)
+
+
+@triton.jit
+def line(row, stride, group, outer, VECTOR: tl.constexpr):
+    """Where a row begins: rows at one stride or, with a group of so many, groups at another, `outer`."""
+    if group is None:
+        return row * (stride // VECTOR * VECTOR)
+    else:  # noqa: RET505 - Triton compiles one of the two
+        g = row.to(tl.int32) // group  # a launch has no more rows, and a division of 64 bits takes many instructions
+        near = (row - g * group) * (stride // VECTOR * VECTOR)
+        return near + g * (outer // VECTOR * VECTOR)
 
 
 @triton.jit
@@ -113,11 +130,12 @@ def weighted_upstream(g, i, upstream, token_weight, j, denominator, unless_one, 
 
 @kernel
 def row_loss_grad(
-    x, x_stride: tl.int64, target, target_stride: tl.int64, weight, V,
+    x, x_stride: tl.int64, x_group, x_outer: tl.int64,
+    target, target_stride: tl.int64, target_group, target_outer: tl.int64, weight, V,
     ignore_index: tl.int64, label_smoothing: tl.float64, z_loss: tl.float64, softcap: tl.float64,
     logit_scale: tl.float64,
     g, g_stride: tl.int64, upstream: tl.float64, token_weight, token_stride: tl.int64, denominator, unless_one,
-    loss, grad, grad_stride: tl.int64,
+    loss, grad, grad_stride: tl.int64, grad_group, grad_outer: tl.int64,
     GENERAL: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Grid (N,). The loss and the gradient of a row that stays in registers."""
@@ -125,8 +143,8 @@ def row_loss_grad(
     SOFT: tl.constexpr = target.dtype.element_ty.is_floating()
     row = tl.program_id(0).to(tl.int64)
     columns, V, classes = tl.arange(0, BLOCK), V // VECTOR * VECTOR, V.to(F)
-    x += row * (x_stride // VECTOR * VECTOR)
-    grad += row * (grad_stride // VECTOR * VECTOR)
+    x += line(row, x_stride, x_group, x_outer, VECTOR)
+    grad += line(row, grad_stride, grad_group, grad_outer, VECTOR)
     up, done = weighted_upstream(
         g, row * g_stride, upstream, token_weight, row * token_stride, denominator, unless_one, F
     )
@@ -134,7 +152,7 @@ def row_loss_grad(
         return
     probs, w_y, y = None, number(1.0, F), 0
     if SOFT:
-        probs = target + row * (target_stride // VECTOR * VECTOR)
+        probs = target + line(row, target_stride, target_group, target_outer, VECTOR)
     else:
         y, ignored = label(tl.load(target + row), V, ignore_index)
         up = tl.where(ignored, 0.0, up)
@@ -177,7 +195,8 @@ def row_loss_grad(
 
 @kernel
 def row_states(
-    x, x_stride: tl.int64, target, target_stride: tl.int64, weight, V,
+    x, x_stride: tl.int64, x_group, x_outer: tl.int64,
+    target, target_stride: tl.int64, target_group, target_outer: tl.int64, weight, V,
     ignore_index: tl.int64, label_smoothing: tl.float64, softcap: tl.float64, logit_scale: tl.float64, states, slices,
     picks, GENERAL: tl.constexpr, EXTRAS: tl.constexpr, LISTED: tl.constexpr, TAIL: tl.constexpr,
     BLOCK: tl.constexpr, VECTOR: tl.constexpr,
@@ -194,7 +213,7 @@ def row_states(
     V = V // VECTOR * VECTOR - start
     cap, scale = number(softcap, F), number(logit_scale, F)
     states += (row * slices + tl.program_id(1)) * STATE
-    x += row * (x_stride // VECTOR * VECTOR) + start
+    x += line(row, x_stride, x_group, x_outer, VECTOR) + start
 
     z = logits(x, columns, V, cap, scale, F, GENERAL)
     if TAIL:
@@ -217,7 +236,7 @@ def row_states(
     if GENERAL:
         probs = None
         if SOFT:
-            probs = target + row * (target_stride // VECTOR * VECTOR) + start
+            probs = target + line(row, target_stride, target_group, target_outer, VECTOR) + start
         if weight is not None:
             weight += start
         w = weights(weight, probs, columns, V, classes, number(label_smoothing, F), F)
@@ -227,7 +246,7 @@ def row_states(
 
 @kernel
 def row_finish(
-    x, x_stride: tl.int64, target, weight, V, N: tl.int64,
+    x, x_stride: tl.int64, x_group, x_outer: tl.int64, target, weight, V, N: tl.int64,
     ignore_index: tl.int64, label_smoothing: tl.float64, z_loss: tl.float64, softcap: tl.float64,
     logit_scale: tl.float64,
     states, slices, loss, stats, argmax, rank,
@@ -256,7 +275,7 @@ def row_finish(
         if x is None:
             z_y = tl.sum(tl.load(states + 6, mask=there, other=0.0), 1)
         else:
-            z_y = tl.load(x + row * x_stride + y, mask=some, other=NOTHING).to(F)
+            z_y = tl.load(x + line(row, x_stride, x_group, x_outer, 1) + y, mask=some, other=NOTHING).to(F)
             if GENERAL:
                 z_y = squashed(z_y, cap, scale)
         if weight is not None:
@@ -304,12 +323,13 @@ def spread(
 
 @kernel
 def row_grad(
-    x, x_stride: tl.int64, target, target_stride: tl.int64, weight, V, N: tl.int64,
+    x, x_stride: tl.int64, x_group, x_outer: tl.int64,
+    target, target_stride: tl.int64, target_group, target_outer: tl.int64, weight, V, N: tl.int64,
     ignore_index: tl.int64, label_smoothing: tl.float64, z_loss: tl.float64, softcap: tl.float64,
     logit_scale: tl.float64,
     g, g_stride: tl.int64, upstream: tl.float64, token_weight, token_stride: tl.int64, denominator, unless_one,
     lse, lse_stride: tl.int64, log_prob, log_prob_stride: tl.int64, entropy, entropy_stride: tl.int64,
-    stats, grad, grad_stride: tl.int64,
+    stats, grad, grad_stride: tl.int64, grad_group, grad_outer: tl.int64,
     GENERAL: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Grid (N, parts). The gradient of PART columns of a row, from its statistics."""
@@ -325,7 +345,7 @@ def row_grad(
     up_entropy = at(entropy, row * entropy_stride, 0.0, F)
     y, w_y, ignored, probs = 0, number(1.0, F), False, None
     if SOFT:
-        probs = target + row * (target_stride // VECTOR * VECTOR)
+        probs = target + line(row, target_stride, target_group, target_outer, VECTOR)
     else:
         y, ignored = label(tl.load(target + row), V, ignore_index)
         w_y = at(weight, y, 1.0, F)
@@ -333,8 +353,8 @@ def row_grad(
         up_lse, up_entropy = tl.where(ignored, 0.0, up_lse), tl.where(ignored, 0.0, up_entropy)
     columns, V, classes = tl.arange(0, BLOCK), V // VECTOR * VECTOR, V.to(F)
     last = tl.minimum(first + PART, V)
-    x += row * (x_stride // VECTOR * VECTOR)
-    grad += row * (grad_stride // VECTOR * VECTOR)
+    x += line(row, x_stride, x_group, x_outer, VECTOR)
+    grad += line(row, grad_stride, grad_group, grad_outer, VECTOR)
     if (up == 0) & (up_lse == 0) & (up_log_prob == 0) & (up_entropy == 0):
         for start in range(first, last, BLOCK):
             tl.store(grad + start + columns, tl.zeros((BLOCK,), F), mask=columns < V - start)

@@ -15,9 +15,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ...spec import Objective, Rows
+from ...strides import count_rows, lines_of
 from ..device import Upstream
 from . import row_kernels
-from .row_kernels import kernel
+from .row_kernels import kernel, line
 
 # debug: an index out of range is an error, as in torch's own kernels. The rest only where it would change bits or warn.
 OPTIONS = {"debug": True, "sanitize_overflow": False, "enable_fp_fusion": True}
@@ -47,11 +48,22 @@ def block_of(V: int, largest: int) -> int:
 
 
 def vector_of(V: int, *matrices: Tensor) -> int:
-    """How many elements of each row one access takes: what divides V, and the distance of the rows."""
+    """How many elements of each row one access takes: what divides V, and the distances of rows and of their groups."""
     vector = _ACCESS // min(t.element_size() for t in matrices)
-    ends = [V] + [t.stride(0) for t in matrices]
+    ends = [V] + [end for t in matrices for end in _ends(t)]
     aligned = all(t.data_ptr() % _ACCESS == 0 for t in matrices) and all(end % vector == 0 for end in ends)
     return vector if aligned else 1
+
+
+def _ends(matrix: Tensor) -> list[int]:
+    stride, group, outer = lines_of(matrix)
+    return [stride, outer] if group else [stride]
+
+
+def lines(matrix: Tensor | None) -> tuple[int, int | None, int]:
+    """Where rows lie, as `row_kernels.line` takes it: without groups it is compiled for rows at one stride."""
+    stride, group, outer = (0, 0, 0) if matrix is None else lines_of(matrix)
+    return stride, group or None, outer
 
 
 def _read(rows: Rows) -> tuple[Tensor, ...]:
@@ -77,24 +89,24 @@ def upstream_of(g: Upstream) -> tuple[Any, ...]:
     return (*loss, number, *strided(g.token_weight), g.denominator)
 
 
-def _target_stride(rows: Rows) -> int:
-    return rows.target.stride(0) if _soft(rows) else 1
+def _target_lines(rows: Rows) -> tuple[int, int | None, int]:
+    return lines(rows.target if _soft(rows) else None)
 
 
 def on_chip(rows: Rows) -> bool:
     """Whether a row's numbers fit into the registers of a program."""
-    return rows.input.shape[1] <= 32 * WARPS * elements_of(rows.input.dtype, 16 if is_general(rows) else 64)
+    return rows.input.shape[-1] <= 32 * WARPS * elements_of(rows.input.dtype, 16 if is_general(rows) else 64)
 
 
 def row_loss_grad(rows: Rows, upstream: Upstream, loss: Tensor, grad: Tensor, unless_one: bool) -> None:
     """See Kernels."""
-    x, (N, V), general = rows.input, rows.input.shape, is_general(rows)
+    x, N, V, general = rows.input, rows.N, rows.V, is_general(rows)
     elements = elements_of(x.dtype, 16 if general else 64)
     block = block_of(V, 32 * WARPS * elements)
     with on(x):
         row_kernels.row_loss_grad[(N,)](
-            x, x.stride(0), rows.target, _target_stride(rows), rows.weight, V, *rows.spec[:5],
-            *upstream_of(upstream), int(unless_one), loss, grad, grad.stride(0),
+            x, *lines(x), rows.target, *_target_lines(rows), rows.weight, V, *rows.spec[:5],
+            *upstream_of(upstream), int(unless_one), loss, grad, *lines(grad),
             GENERAL=general, BLOCK=block, VECTOR=vector_of(V, *_read(rows), grad), num_warps=warps_of(block, elements),
             **OPTIONS,
         )  # fmt: skip
@@ -102,7 +114,7 @@ def row_loss_grad(rows: Rows, upstream: Upstream, loss: Tensor, grad: Tensor, un
 
 def row_states(rows: Rows, dtype: torch.dtype, general: bool, extras: bool) -> tuple[Tensor, int]:
     """States (N, slices, STATE) of slices of rows, and their length."""
-    x, (N, V), listed = rows.input, rows.input.shape, rows.probs is not None
+    x, N, V, listed = rows.input, rows.N, rows.V, rows.probs is not None
     ignore_index, eps, _, cap, scale = rows.spec[:5]
     elements = elements_of(x.dtype, 32 if general or extras else 64)
     block = block_of(V, (32 if x.dtype == torch.float64 else 16) * WARPS * elements)
@@ -110,7 +122,7 @@ def row_states(rows: Rows, dtype: torch.dtype, general: bool, extras: bool) -> t
     states = x.new_empty((N, slices, row_kernels.STATE.value), dtype=dtype)
     with on(x):
         row_kernels.row_states[(N, slices)](
-            x, x.stride(0), rows.target, _target_stride(rows), rows.weight, V, ignore_index, eps, cap, scale,
+            x, *lines(x), rows.target, *_target_lines(rows), rows.weight, V, ignore_index, eps, cap, scale,
             states, slices, rows.target.shape[1] if listed else 1, GENERAL=general, EXTRAS=extras, LISTED=listed,
             TAIL=rows.spec.objective == Objective.TOPK_TAIL, BLOCK=block, VECTOR=vector_of(V, *_read(rows)),
             num_warps=warps_of(block, elements), **OPTIONS,
@@ -135,12 +147,12 @@ def finish(
     rank: Tensor | None,
 ) -> None:
     """Losses and statistics from the states (N, slices, STATE) of slices of `block` classes."""
-    (N, V), slices = rows.input.shape, states.shape[1]
+    N, V, slices = rows.N, rows.V, states.shape[1]
     merged = triton.next_power_of_2(slices)
     together = max(1, min(32, 32 * elements_of(rows.input.dtype, 8) // merged))  # rows whose states one warp merges
     with on(loss):
         row_kernels.row_finish[(triton.cdiv(N, together),)](
-            x, 0 if x is None else x.stride(0), rows.target, rows.weight, V, N, *rows.spec[:5], states, slices,
+            x, *lines(x), rows.target, rows.weight, V, N, *rows.spec[:5], states, slices,
             loss, stats, argmax, rank, GENERAL=is_general(rows), EXTRAS=argmax is not None, BLOCK=block, ROWS=together,
             SLICES=merged,
             num_warps=1, **OPTIONS,
@@ -149,16 +161,16 @@ def finish(
 
 def row_grad(rows: Rows, stats: Tensor, upstream: Upstream, grad: Tensor, unless_one: bool) -> None:
     """See Kernels."""
-    x, (N, V) = rows.input, rows.input.shape
+    x, N, V = rows.input, rows.N, rows.V
     general = is_general(rows) or upstream.entropy is not None
     elements = elements_of(x.dtype, 16 if general else 64)
     block = block_of(V, 4 * 32 * elements)
     with on(x):
         row_kernels.row_grad[(N, triton.cdiv(V, PART))](
-            x, x.stride(0), rows.target, _target_stride(rows), rows.weight, V, N, *rows.spec[:5],
+            x, *lines(x), rows.target, *_target_lines(rows), rows.weight, V, N, *rows.spec[:5],
             *upstream_of(upstream), int(unless_one),
             *strided(upstream.lse), *strided(upstream.log_prob), *strided(upstream.entropy),
-            stats, grad, grad.stride(0),
+            stats, grad, *lines(grad),
             GENERAL=general, BLOCK=block, PART=PART, VECTOR=vector_of(V, *_read(rows), grad),
             num_warps=warps_of(block, elements), **OPTIONS,
         )  # fmt: skip
@@ -212,19 +224,22 @@ def _total(loss, N: tl.int64, token_weight, token_stride: tl.int64, denominator,
 
 
 @kernel
-def _rescale(grad, grad_stride: tl.int64, V, upstream, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
+def _rescale(
+    grad, grad_stride: tl.int64, grad_group, grad_outer: tl.int64, V, upstream,
+    BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
     g = tl.load(upstream)
     if g == 1:
         return
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < V // VECTOR * VECTOR
-    p = grad + tl.program_id(0).to(tl.int64) * (grad_stride // VECTOR * VECTOR) + columns
+    p = grad + line(tl.program_id(0).to(tl.int64), grad_stride, grad_group, grad_outer, VECTOR) + columns
     tl.store(p, tl.load(p, mask=inside).to(upstream.dtype.element_ty) * g, mask=inside)
 
 
 def denominator(rows: Rows, token_weight: Tensor | None, out: Tensor) -> None:
     """See Kernels."""
-    N, V = rows.input.shape
+    N, V = rows.N, rows.V
     # Targets that are logits, like class probabilities, have no row that is ignored.
     picks = rows.target.shape[1] if rows.probs is not None else 1
     weights = rows.weight, V, N, rows.spec.ignore_index, *strided(token_weight)
@@ -240,11 +255,11 @@ def total(loss: Tensor, token_weight: Tensor | None, denominator: Tensor | None,
 
 def rescale(grad: Tensor, upstream: Tensor) -> None:
     """See Kernels."""
-    N, V = grad.shape
+    N, V = count_rows(grad), grad.shape[-1]
     elements = elements_of(grad.dtype, 64)
     block = block_of(V, 4 * 32 * elements)
     with on(grad):
         _rescale[(N, triton.cdiv(V, block))](
-            grad, grad.stride(0), V, upstream, BLOCK=block, VECTOR=vector_of(V, grad),
+            grad, *lines(grad), V, upstream, BLOCK=block, VECTOR=vector_of(V, grad),
             num_warps=warps_of(block, elements), **OPTIONS,
         )  # fmt: skip
