@@ -371,6 +371,12 @@ def test_without_a_target_no_row_is_left_out(engine, generator):
         torch.testing.assert_close(g, torch.autograd.grad((lse + entropy**2).sum(), x))
 
 
+def test_no_classes_and_no_target(engine):
+    stats = fastloss.row_stats(torch.zeros(2, 0), row_mask=torch.tensor([True, False]))
+    assert stats.lse.tolist() == [-torch.inf, 0] and stats.argmax.tolist() == [0, 0]
+    assert stats.entropy[0].isnan() and stats.entropy[1] == 0
+
+
 def test_a_row_of_nothing_but_zero_upstream_keeps_its_second_derivative(engine):
     """What is differentiated twice is a function of the upstream gradient, also at zero."""
     x = torch.randn(3, V, dtype=torch.float64).requires_grad_()

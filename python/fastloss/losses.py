@@ -111,7 +111,7 @@ def cross_entropy(
             input's shape, floating point.
         weight: (C), one weight per class, of input's dtype. A mean divides by the summed weights of the targets.
         size_average, reduce: deprecated, as in torch.
-        ignore_index: targets of this index have zero loss and exactly zero gradient.
+        ignore_index: targets of this index have zero loss, zero statistics and exactly zero gradient.
         reduction: "none", "mean" or "sum". The mean of no target at all is NaN, its gradient zero.
         label_smoothing: eps in [0, 1]; the target becomes (1 - eps) one_hot + eps / C (Szegedy et al. 2016,
             arXiv:1512.00567, section 7).
