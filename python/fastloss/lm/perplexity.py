@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .labels import next_token_labels
+from .labels import check_shift, next_token_labels
 from .losses import causal_lm_loss
 
 
@@ -20,7 +20,7 @@ class Perplexity:
     tokens. Both stay on the logits' device and nothing waits for it until the result is read.
 
     Args:
-        shift, ignore_index: as in `causal_lm_loss`.
+        shift, ignore_index: as in `causal_lm_loss`; with shift=k of the tokens k positions ahead.
         device: of the sums; by default that of the first logits. Needed where `all_reduce` may come before any batch.
 
     >>> ppl = Perplexity()
@@ -30,9 +30,9 @@ class Perplexity:
     """
 
     def __init__(
-        self, *, shift: bool = True, ignore_index: int = -100, device: torch.device | str | None = None
+        self, *, shift: bool | int = True, ignore_index: int = -100, device: torch.device | str | None = None
     ) -> None:
-        self.shift = shift
+        self.shift = check_shift(shift)
         self.ignore_index = ignore_index
         self.device = None if device is None else torch.device(device)
         self.reset()
@@ -121,10 +121,13 @@ class Perplexity:
         self.nll, self.tokens, self.bytes = (t.to(device) for t in (self.nll, self.tokens, self.bytes))
 
 
-def perplexity(batches: Iterable[tuple[Tensor, Tensor]], *, shift: bool = True, ignore_index: int = -100) -> Tensor:
+def perplexity(
+    batches: Iterable[tuple[Tensor, Tensor]], *, shift: bool | int = True, ignore_index: int = -100
+) -> Tensor:
     """``torch.exp(F.cross_entropy(all_logits, all_labels))``
 
     of a corpus given as pairs of logits (..., T, V) and labels (..., T), one pair in memory at a time; float64, ().
+    `shift` and `ignore_index` as in `causal_lm_loss`.
 
     >>> perplexity((model(tokens), tokens) for tokens in batches)  # doctest: +SKIP
     """
