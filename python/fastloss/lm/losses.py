@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import refuse
 from ..linear import linear_cross_entropy
 from ..losses import cross_entropy
 from ..spec import COMPUTE_DTYPE
@@ -162,8 +163,7 @@ def sequence_cross_entropy(
     Raises:
         IndexError, TypeError, RuntimeError, ValueError: as `fastloss.cross_entropy`, naming the argument.
     """
-    if options.get("return_stats") or options.get("normalizer") is not None:
-        raise TypeError("sequence_cross_entropy() takes neither return_stats nor normalizer")
+    refuse("sequence_cross_entropy", options, "return_stats", "normalizer", "size_average", "reduce")
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"reduction: {reduction!r} is not a valid value for reduction ('none', 'mean' or 'sum')")
     kept = keep(labels, lengths=lengths, mask=mask, context=context, ignore_index=ignore_index)

@@ -91,10 +91,12 @@ class Perplexity:
         self.bytes += other.bytes.to(self.nll.device)
 
     def all_reduce(self, group: Any = None) -> Perplexity:
-        """What all processes of ``torch.distributed`` have seen, as a new Perplexity; without it a copy of this one."""
+        """What all processes of a group have seen, as a new Perplexity. `group`: None is all processes, and a copy of
+        this one where ``torch.distributed`` is not initialised; a group of its own serves there too."""
         whole = Perplexity(shift=self.shift, ignore_index=self.ignore_index, device=self.device)
         whole.merge(self)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        initialised = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if group is not None or initialised:
             counts = torch.stack([whole.tokens, whole.bytes])
             torch.distributed.all_reduce(whole.nll, group=group)
             torch.distributed.all_reduce(counts, group=group)
