@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -37,18 +38,23 @@ PROBS = numbers(B, T, K, seed=5).softmax(-1) * 0.9
 MASK = torch.arange(T).expand(B, T) < 3
 ROWS, ROW_TOKENS = X.flatten(0, 1), TOKENS.flatten()
 
-# What has no effect on values, and where it is tested what it does instead.
+# What has no effect on values, and the test of what it does instead.
 BY_DESIGN = {
-    "inplace": "test_memory.py: where the gradient is written",
-    "max_chunk_bytes": "test_memory.py: how much memory there is",
-    "filter_eps": "test_triton_head_grads.py: a tolerance, of one backend; raises with shard below",
-    "options": "test_linear_options.py: how many rows there are at once",
-    "is_cg_capturable": "holds anyway: test_gpu_traffic.py counts that nothing waits",
-    "shard": "test_sharded.py: who has which classes; the loss is the same",
-    "tp_group": "test_megatron.py",
-    "dist_process_group": "test_megatron.py",
-    "device": "test_lm.py: where sums are kept",
+    "inplace": "test_losses.py::test_inplace",
+    "max_chunk_bytes": "test_linear.py::test_memory_is_that_of_a_chunk",
+    "filter_eps": "test_triton_head_grads.py::test_the_gradient_of_logits",
+    "options": "test_linear_options.py::test_batch_chunk_size",
+    "is_cg_capturable": "test_obeyed.py::test_graphs_may_be_captured",
+    "shard": "test_sharded.py::test_case",
+    "dist_process_group": "test_megatron.py::test_transformer_engine",
 }
+
+
+@pytest.mark.parametrize("place", BY_DESIGN.values())
+def test_by_design_has_a_test(place: str) -> None:
+    file, _, name = place.partition("::")
+    assert f"def {name}(" in (Path(__file__).parent / file).read_text()
+
 
 NUMBERS: dict[str, Any] = {
     "z_loss": 0.1, "softcap": 2.0, "logit_scale": 0.5, "normalizer": 7.0, "out_dtype": torch.float32,
@@ -325,3 +331,15 @@ def test_padding_without_ranks() -> None:
     torch.testing.assert_close(got, want.float())
     got.sum().backward()
     assert not x.grad[..., V:].any() and x.grad[..., :V].any()
+
+
+def test_graphs_may_be_captured() -> None:
+    """With is_cg_capturable or without the loss is the same, and on a device it reads no number on the host."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    losses = [megatron.parallel_cross_entropy(X, TOKENS, is_cg_capturable=said) for said in (False, True)]
+    assert torch.equal(*losses)
+    with FakeTensorMode():  # where a number that is read is an error
+        x, y = torch.empty(B, T, V, device="meta"), torch.empty(B, T, device="meta", dtype=torch.int64)
+        with fastloss.use_backend("reference"):
+            assert megatron.parallel_cross_entropy(x, y, is_cg_capturable=True, reduce_loss=True).shape == ()
