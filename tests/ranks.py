@@ -17,9 +17,12 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
+from fastloss.backends import native
 from fastloss.parallel import shard as sharding
 
-_SECONDS = 60  # after which a collective that not all ranks reach is an error
+_SECONDS = 600  # after which a collective that not all ranks reach is an error: more than a busy machine ever needs
+
+GROUPS: dict[str, Any] = {}  # of a process without a default group, by how they were made
 
 
 class Ranks:
@@ -46,18 +49,30 @@ class Ranks:
         return [value[0] for _, value in found]
 
 
-def _serve(rank: int, size: int, store: str, pipe: Connection) -> None:
+def _serve(rank: int, size: int, store: str, default: bool, pipe: Connection) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", store=dist.FileStore(store, size), rank=rank, world_size=size, timeout=timedelta(seconds=_SECONDS)
-    )
+    native._seconds = lambda *_: 1.0  # as conftest.py: what is measured must not decide
+    made, timeout = dist.FileStore(store, size), timedelta(seconds=_SECONDS)
+    if default:
+        dist.init_process_group("gloo", store=made, rank=rank, world_size=size, timeout=timeout)
+    else:
+        GROUPS.update(_groups(made, rank, size, timeout))
     while (told := pipe.recv()) is not None:
         function, args = told
         try:
             pipe.send((True, function(*args)))
         except Exception as error:
             pipe.send((False, (error, traceback.format_exc())))
-    dist.destroy_process_group()
+    if default:
+        dist.destroy_process_group()
+
+
+def _groups(store: dist.Store, rank: int, size: int, timeout: timedelta) -> dict[str, Any]:
+    """As libraries make them that hand groups around and never call init_process_group."""
+    bare, within = (dist.ProcessGroupGloo(dist.PrefixStore(name, store), rank, size, timeout) for name in "ab")
+    unnamed = dist.ProcessGroup(dist.PrefixStore("c", store), rank, size)
+    unnamed._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, within)
+    return {"bare backend": bare, "unnamed group": unnamed}
 
 
 @contextmanager
@@ -75,14 +90,14 @@ def gathers() -> Iterator[list[int]]:
 
 
 @contextmanager
-def ranks(size: int) -> Iterator[Ranks]:
-    """Processes of one Gloo group."""
+def ranks(size: int, default: bool = True) -> Iterator[Ranks]:
+    """Processes of one Gloo group, the default one; or of GROUPS, with no default one."""
     context = mp.get_context("spawn")
     store = tempfile.mktemp(prefix="fastloss_store")
     pipes, workers = [], []
     for rank in range(size):
         here, there = context.Pipe()
-        worker = context.Process(target=_serve, args=(rank, size, store, there), daemon=True)
+        worker = context.Process(target=_serve, args=(rank, size, store, default, there), daemon=True)
         worker.start()
         there.close()
         pipes.append(here)

@@ -28,7 +28,7 @@ def compiler() -> list[str]:
 
 
 def run(command: list) -> str:
-    done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=120)
+    done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=3600)
     output = done.stdout.decode()
     assert done.returncode == 0, output
     return output
@@ -50,7 +50,7 @@ def lines(tmp_path_factory) -> list[str]:
     """What the self-test says, optimised and of two translation units."""
     executable = build(tmp_path_factory.mktemp("plain"), ["-O2"], [[], ["-DSECOND_UNIT"]])
     # The exit status is nonzero when a check fails, which is for the tests below to say.
-    return subprocess.run([executable], capture_output=True, text=True, timeout=120).stdout.splitlines()
+    return subprocess.run([executable], capture_output=True, text=True, timeout=3600).stdout.splitlines()
 
 
 @pytest.mark.parametrize("check", CHECKS)

@@ -39,7 +39,7 @@ def python(folder: Path, *command: str, **env: str) -> subprocess.CompletedProce
         capture_output=True,
         text=True,
         encoding="utf-8",
-        timeout=300,
+        timeout=3600,
     )
 
 

@@ -25,7 +25,7 @@ SIZE = f"--steps {STEPS} --vocab {VOCAB} --batch 4 --context 32 --threads 1 --se
 def run(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(SCRIPT), *options]
     env = {**os.environ, "PYTHONUTF8": "1", "COLUMNS": "100"}
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, encoding="utf-8", timeout=600)
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, encoding="utf-8", timeout=3600)
 
 
 @pytest.fixture(scope="module")

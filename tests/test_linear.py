@@ -26,6 +26,7 @@ def few_classes_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "FEWEST_CLASSES", 0)
 
 
+MEASURED = native._seconds  # before conftest.py hides it from tests
 HOW = [(d, r) for d in (torch.float32, torch.bfloat16) for r in ("mean", "none")] + [(torch.float64, "sum")]
 
 
@@ -510,8 +511,7 @@ def test_the_library_multiplies_where_it_is_faster(own, library, chosen, monkeyp
     assert not native.library_multiplies(torch.bfloat16) or native._has_tiles()
     monkeypatch.setattr(native, "_has_tiles", lambda: True)
     assert native.library_multiplies(torch.bfloat16) is chosen and not native.library_multiplies(torch.float32)
-    monkeypatch.undo()
-    assert native._seconds(native._matmul, torch.bfloat16, torch.float32) > 0
+    assert MEASURED(native._matmul, torch.bfloat16, torch.float32) > 0
 
 
 BAD = {

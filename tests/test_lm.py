@@ -257,3 +257,165 @@ def test_perplexity_keeps_the_digits_of_many_small_batches():
 def test_bad_input(call, error, message):
     with pytest.raises(error, match=message):
         call(torch.zeros(B, T, V), torch.zeros(B, T, dtype=torch.int64))
+
+
+# ---- predicting the k-th next token ---------------------------------------------------------------------------------
+
+
+def in_loops(
+    logits: Tensor, tokens: Tensor, k: int, counts: Callable[[int, int], bool], weight: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Losses (B, T), of position t that of token t + k where that counts, and their weights, one by one."""
+    losses = [[logits.sum() * 0 for _ in range(T)] for _ in range(B)]
+    weights = torch.zeros(B, T, dtype=torch.float64)
+    for b in range(B):
+        for t in range(T):
+            if t + k < T and counts(b, t):
+                losses[b][t] = logits[b, t].logsumexp(-1) - logits[b, t, tokens[b, t + k]]
+                weights[b, t] = 1 if weight is None else weight[b, t + k]
+    return torch.stack([torch.stack(row) for row in losses]), weights
+
+
+SHIFTS = [True, 1, 2, 3, T - 1]
+
+
+@pytest.mark.parametrize("shift", SHIFTS)
+def test_shift(logits, tokens, generator, shift):
+    w = torch.rand(B, T, generator=generator, dtype=torch.float64)
+    losses, counted = in_loops(logits, tokens, int(shift), lambda b, t: True)
+    same(lm.causal_lm_loss(logits, tokens, shift=shift, reduction="none"), losses, logits)
+    same(lm.causal_lm_loss(logits, tokens, shift=shift), weighted_mean(losses, counted), logits)
+    losses, weights = in_loops(logits, tokens, int(shift), lambda b, t: True, w)
+    got = lm.causal_lm_loss(logits, tokens, shift=shift, token_weight=w)
+    same(got, weighted_mean(losses, weights), logits)
+    by_sequence = (losses * weights).sum(1) / weights.sum(1)
+    same(lm.sequence_cross_entropy(logits, tokens, shift=shift, token_weight=w), by_sequence.mean(), logits)
+    stream = lm.Perplexity(shift=shift)
+    stream.update(logits, tokens)
+    want = (losses.sum() / (counted > 0).sum()).exp()
+    torch.testing.assert_close(stream.compute(), want.detach())
+    torch.testing.assert_close(lm.perplexity([(logits, tokens)], shift=shift), want.detach())
+
+
+@pytest.mark.parametrize("shift", SHIFTS)
+def test_shift_of_hidden_states(tokens, generator, shift):
+    hidden = torch.randn(B, T, 5, generator=generator, dtype=torch.float64).requires_grad_()
+    head = torch.randn(V, 5, generator=generator, dtype=torch.float64)
+    losses, counted = in_loops(hidden @ head.T, tokens, int(shift), lambda b, t: True)
+    same(lm.causal_lm_loss(hidden, tokens, linear_weight=head, shift=shift), weighted_mean(losses, counted), hidden)
+    got = lm.sequence_log_likelihood(hidden, tokens, linear_weight=head, shift=shift)
+    same(got, -losses.sum(1), hidden)
+
+
+@pytest.mark.parametrize("shift", SHIFTS)
+@pytest.mark.parametrize("said", ["document_ids", "position_ids", "attention_mask"])
+def test_shift_over_borders(logits, tokens, shift, said):
+    """No border may lie between t and t + k, also where a document's id comes again; neither may be padding."""
+    k = int(shift)
+    values = {
+        "document_ids": [[0, 0, 0, 1, 1, 0, 0], [0] * T, [0, 1, 1, 1, 0, 0, 0]],
+        "position_ids": [[0, 1, 2, 0, 1, 0, 1], list(range(T)), [5, 9, 2, 8, 9, 9, 11]],
+        "attention_mask": [[0, 1, 1, 1, 1, 1, 1], [1] * T, [1, 1, 1, 1, 1, 0, 0]],
+    }[said]
+
+    def counts(b: int, t: int) -> bool:
+        row, steps = values[b], range(t, t + k)
+        if said == "document_ids":
+            return all(row[s] == row[s + 1] for s in steps)
+        if said == "position_ids":
+            return all(row[s] < row[s + 1] for s in steps)
+        return bool(row[t] and row[t + k])
+
+    losses, weights = in_loops(logits, tokens, k, counts)
+    options = {said: torch.tensor(values), "shift": shift}
+    same(lm.causal_lm_loss(logits, tokens, reduction="sum", **options), losses.sum(), logits)
+    assert (lm.next_token_labels(tokens, **options) != -100).sum() == weights.sum()
+    stream = lm.Perplexity(shift=shift)
+    stream.update(logits, tokens, **{said: options[said]})
+    assert stream.tokens == weights.sum()
+    torch.testing.assert_close(stream.nll, losses.sum().detach())
+
+
+@pytest.mark.parametrize("shift", [1, 2, 3])
+def test_shift_within_lengths_mask_and_context(logits, tokens, generator, shift):
+    lengths, context = torch.tensor([7, 5, 2]), 3
+    mask = torch.rand(B, T, generator=generator) < 0.7
+
+    def counts(b: int, t: int) -> bool:
+        return bool(t + shift < lengths[b] and mask[b, t + shift])
+
+    losses, _ = in_loops(logits, tokens, shift, counts)
+    options = {"lengths": lengths, "mask": mask, "shift": shift}
+    same(lm.sequence_log_likelihood(logits, tokens, **options), -losses.sum(1), logits)
+    losses, weights = in_loops(logits, tokens, shift, lambda b, t: counts(b, t) and t + shift >= context)
+    got = lm.sequence_cross_entropy(logits, tokens, context=context, reduction="none", **options)
+    same(got, losses.sum(1) / weights.sum(1).clamp(min=1), logits)
+
+
+@pytest.mark.parametrize("shift", [0, 1, 2, 5])
+def test_windows_count_each_token_that_a_shift_predicts_once(generator, shift):
+    """The loss of a model that sees nothing back is that of the text in one piece."""
+    table = torch.randn(V, V, generator=generator, dtype=torch.float64)
+    text = torch.randint(V, (50,), generator=generator)
+    whole = lm.causal_lm_loss(table[text], text, shift=shift, reduction="sum")
+    for stride in (12 - shift, 3):
+        inputs, labels = lm.sliding_windows(text, 12, stride, shift=shift)
+        got = lm.causal_lm_loss(table[inputs], labels, shift=shift, reduction="sum")
+        torch.testing.assert_close(got, whole)
+    with pytest.raises(ValueError, match="stride"):
+        lm.sliding_windows(text, 12, 13 - shift, shift=shift)
+    with pytest.raises(ValueError, match="window"):
+        lm.sliding_windows(text, shift, 1, shift=shift)
+
+
+@pytest.mark.parametrize("shift", [T, T + 1, 10**6])
+def test_shift_past_the_end(logits, tokens, shift):
+    ids = torch.zeros_like(tokens)
+    assert (lm.next_token_labels(tokens, shift=shift, document_ids=ids, attention_mask=ids + 1) == -100).all()
+    loss = lm.causal_lm_loss(logits, tokens, shift=shift, token_weight=torch.ones(B, T))
+    assert loss.isnan()
+    assert lm.sequence_log_likelihood(logits, tokens, shift=shift).eq(0).all()
+    empty = torch.zeros(2, 0, dtype=torch.int64)
+    assert lm.next_token_labels(empty, shift=shift, document_ids=empty, position_ids=empty).shape == (2, 0)
+
+
+def test_no_shift(logits, tokens):
+    for shift in (False, 0):
+        want = F.cross_entropy(logits.reshape(-1, V), tokens.reshape(-1))
+        same(lm.causal_lm_loss(logits, tokens, shift=shift), want, logits)
+        assert torch.equal(lm.next_token_labels(tokens, shift=shift), tokens)
+
+
+@pytest.mark.parametrize(
+    ("shift", "error"),
+    [(-1, ValueError), (1.0, TypeError), ("1", TypeError), (None, TypeError), (torch.tensor(1), TypeError)],
+)
+def test_bad_shift(logits, tokens, shift, error):
+    calls = [
+        lambda: lm.causal_lm_loss(logits, tokens, shift=shift),
+        lambda: lm.next_token_labels(tokens, shift=shift),
+        lambda: lm.sequence_cross_entropy(logits, tokens, shift=shift),
+        lambda: lm.sequence_log_likelihood(logits, tokens, shift=shift),
+        lambda: lm.Perplexity(shift=shift),
+        lambda: lm.perplexity([], shift=shift),
+        lambda: lm.sliding_windows(tokens[0], 4, 2, shift=shift),
+    ]
+    for call in calls:
+        with pytest.raises(error, match="shift: expected a bool or an int >= 0"):
+            call()
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.int32, torch.uint8])
+@pytest.mark.parametrize("shift", [False, True, 2])
+def test_token_weights_of_integers(logits, tokens, dtype, shift):
+    w = (torch.arange(B * T).view(B, T) % 3).to(dtype)
+    for loss in (lm.causal_lm_loss, lm.sequence_cross_entropy):
+        for reduction in ("mean", "sum", "none"):
+            want = loss(logits, tokens, shift=shift, token_weight=w.double(), reduction=reduction)
+            same(loss(logits, tokens, shift=shift, token_weight=w, reduction=reduction), want, logits)
+    target = torch.where(w > 0, tokens, -100)
+    same(
+        lm.masked_lm_loss(logits, target, token_weight=w),
+        lm.masked_lm_loss(logits, target, token_weight=w.double()),
+        logits,
+    )

@@ -573,3 +573,17 @@ def test_a_rank_that_dies():
             pipe.send((dying, ()))
         worked, (error, _) = pair.pipes[0].recv()
     assert not worked and isinstance(error, RuntimeError)
+
+
+def with_dtensors(given: str) -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    hidden = distribute_tensor(numbers(N, H), mesh, [Replicate()])
+    weight = distribute_tensor(numbers(V, H), mesh, [Shard(0)])
+    value: Any = 1e-3 if given == "filter_eps" else VocabShard.even(V)
+    fastloss.linear_cross_entropy(hidden, weight, classes(), **{given: value})
+
+
+@pytest.mark.parametrize("given", ["filter_eps", "shard"])
+def test_what_dtensors_would_drop(two, given):
+    for error in two.fails(with_dtensors, given):
+        assert isinstance(error, ValueError) and str(error).startswith(f"{given}: expected None")

@@ -5,6 +5,8 @@ The checks raise torch's exception types on torch's conditions, before anything 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -223,6 +225,14 @@ def _is_freed(value: Tensor) -> bool:
         return value.numel() > 0 and value.device.type != "meta" and value.untyped_storage().size() == 0
     except NotImplementedError:  # of torch.func, which has no storage to ask
         return False
+
+
+def refuse(function: str, options: dict[str, Any], *names: str) -> None:
+    """Of options that are passed on, those that would change what the function makes of the loss."""
+    for name in names:
+        value = options.pop(name, None)
+        if value is not None and (value or name != "return_stats"):
+            raise TypeError(f"{function}() does not take {name}")
 
 
 def check_indices(y: Tensor, ignore_index: int, V: int) -> None:

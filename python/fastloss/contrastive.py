@@ -148,6 +148,10 @@ def _pairs(
         raise ValueError(f"key: expected query's shape {tuple(query.shape)}, got {tuple(key.shape)}")
     if shard is not None and negatives is not None:
         raise ValueError("negatives: expected None with shard, whose keys are those of all ranks")
+    if shard is not None and not shard.sum_hidden:
+        raise ValueError("sum_hidden: expected True with a shard of the batch, whose queries get all keys' gradient")
+    if isinstance(temperature, Tensor) and temperature.numel() != 1:
+        raise ValueError(f"temperature: expected a number or a tensor of one element, got {tuple(temperature.shape)}")
     if symmetric and negatives is not None:
         raise ValueError("negatives: expected None with symmetric=True, whose keys are queries too")
     if not isinstance(temperature, Tensor) and not temperature > 0:

@@ -12,8 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..arguments import refuse
 from ..losses import cross_entropy
 from ..parallel import VocabShard
+from ..parallel.groups import rank_and_size
 from ..public import public
 
 _CONVENTIONS = ("torch", "megatron")
@@ -98,7 +100,10 @@ def parallel_cross_entropy(
 
     Raises: as `fastloss.cross_entropy`.  Memory: the gradient, and O(B SQ).
     """
-    shard = None if dist_process_group is None else _shard_of(inp, dist_process_group, vocab_size)
+    if dist_process_group is not None:
+        shard = _shard_of(inp, dist_process_group, vocab_size)
+    else:
+        shard, inp = None, _without_padding(inp, vocab_size)
     loss = _per_token(
         inp, target, shard, label_smoothing=label_smoothing, ignore_index=ignore_idx, z_loss=z_loss_weight, **options
     )
@@ -117,11 +122,20 @@ def _tensor_parallel(group: dist.ProcessGroup | None) -> dist.ProcessGroup | Non
 
 
 def _shard_of(logits: Tensor, group: dist.ProcessGroup | None, vocab_size: int | None) -> VocabShard:
-    padded = logits.shape[-1] * dist.get_world_size(group)
+    padded = logits.shape[-1] * rank_and_size(group)[1]
     return VocabShard.even(padded if vocab_size is None else vocab_size, group, padded_size=padded)
 
 
+def _without_padding(logits: Tensor, vocab_size: int | None) -> Tensor:
+    if vocab_size is None:
+        return logits
+    if not 0 < vocab_size <= logits.shape[-1]:
+        raise ValueError(f"vocab_size: expected at most the logits' {logits.shape[-1]} classes, got {vocab_size}")
+    return logits[..., :vocab_size]
+
+
 def _per_token(logits: Tensor, target: Tensor, shard: VocabShard | None, **options: Any) -> Tensor:
+    refuse("parallel_cross_entropy", options, "return_stats", "normalizer", "size_average", "reduce")
     rows, y = logits.reshape(-1, logits.shape[-1]), target.reshape(-1)
     loss = cross_entropy(rows, y, reduction="none", out_dtype=torch.float32, shard=shard, **options)
     return loss.view(logits.shape[:-1])

@@ -18,6 +18,7 @@ from ..spec import REDUCTIONS, Objective, Reduction, Rows, make_spec
 from . import heads
 from .evaluate import per_row, reduced_loss
 from .heads import MAX_CHUNK_BYTES, Head, LinearRows
+from .options import chunk_rows
 
 
 @overload
@@ -112,8 +113,9 @@ def linear_cross_entropy(
         linear_bias: (C), or (C, d1, ..., dK).
         weight, reduction, label_smoothing: as in `cross_entropy`.
         ignore_index: as in `cross_entropy`; None is -100, and the only one with class probabilities.
-        options: a ``torch.nn.LinearCrossEntropyOptions``, or None. Its batch_chunk_size is the number of rows whose
-            logits may exist at once; the rest asks for what is so anyway (sums in float32, retain_graph).
+        options: a ``torch.nn.LinearCrossEntropyOptions``, or None. Its batch_chunk_size, or a chunking_method other
+            than "auto", is the number of rows whose logits may exist at once. What the rest asks for is so anyway: sums
+            are float32 (float64 for float64), and a wider acc_dtype raises; allow_retain_graph always holds.
         z_loss, softcap, logit_scale, token_weight, normalizer, out_dtype, return_stats: as in `cross_entropy`.
         max_chunk_bytes: what logits, and the float32 sums of 16-bit gradients, may take at once; one row's always may.
             Packed operands of the products take a few MiB more. 16-bit weights of more than an eighth of it in numbers
@@ -124,7 +126,8 @@ def linear_cross_entropy(
             the upstream gradient of its row (with several of a row, their absolute sum); docs/math.md measures what
             that does to input's. 0 is exact, and leaves out the rows that are ignored or weigh nothing, wherever they
             are; None, the default, takes them all, and one product less. On the `triton` backend, of class indices,
-            16-bit input and linear_weight; elsewhere the gradient is exact (`fastloss.explain` says which).
+            16-bit input and linear_weight, not with `shard`; elsewhere the gradient is exact (`fastloss.explain` says
+            which).
         shard: a `VocabShard`, where each rank of a process group has some rows of the last layer. Hidden states are the
             same on all ranks, and so is their gradient, which is summed over them.
 
@@ -165,7 +168,9 @@ def linear_cross_entropy(
         normalizer = arguments.as_normalizer(normalizer, x, reduction)
     to = Reduction(reduction, token_weight, normalizer, arguments.loss_dtype(logits, target, weight, out_dtype))
     filter_eps = arguments.check_filter_eps(filter_eps)
-    limits = heads.room(head, max_chunk_bytes, False, getattr(options, "batch_chunk_size", None), shard)
+    if filter_eps is not None and shard is not None:
+        raise ValueError("filter_eps: expected None with shard, whose gradient is exact")
+    limits = heads.room(head, max_chunk_bytes, False, chunk_rows(options, head), shard)
     rows = Rows(x.flatten(0, -2), y, weight, spec)
     parts = [LinearRows(some, part, None, *limits, filter_eps) for some, part in _parts(rows, head)]
     if not return_stats and len(parts) == 1:

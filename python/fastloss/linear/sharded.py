@@ -15,9 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..parallel import VocabShard
+from ..parallel.groups import group_named
 from ..parallel.merge import PartLoss, Whole, kept_of, rows_of
 from ..parallel.rows import PLAIN, Asked, Outcome, check, of_part, outcome, over_ranks, refuse_formula
-from ..parallel.shard import group_named, group_of
 from ..rows import library
 from ..spec import COMPUTE_DTYPE, Objective, Rows
 from . import blocks, grads
@@ -36,7 +36,7 @@ library.define(
 
 def _fields(shard: VocabShard) -> tuple[Any, ...]:
     """The arguments of _SHARD."""
-    name = group_of(shard).group_name if shard.ranks > 1 else ""
+    name = shard.group_name if shard.ranks > 1 else ""
     return shard.start, shard.stop, shard.vocab_size, name, shard.sum_hidden
 
 
@@ -133,7 +133,7 @@ def _head_grads(
     by_blocks = blocks.needed(given, needs)
     of_chunks = [needs[0], False, False] if by_blocks else needs
     sums = shard.ranks > 1 and shard.sum_hidden
-    begin_sum = partial(dist.all_reduce, group=shard.group, async_op=True) if sums else None
+    begin_sum = partial(dist.all_reduce, group=shard._group, async_op=True) if sums else None
     made = HeadGrads(given.head, of_chunks, backend.matmul, None, begin_sum)
     for chunk in chunks(given._replace(rows=local), backend, skipped) if any(of_chunks) else ():
         if shard.part.size:

@@ -1,7 +1,7 @@
 """Recipes of language models, each a few lines over `fastloss.cross_entropy`; logits have their classes last, (..., V).
 
-Everywhere `labels` are the tokens themselves, ``labels = tokens`` (``shift=True``: position t predicts label t + 1),
-and a label of `ignore_index` does not count.
+Everywhere `labels` are the tokens themselves, ``labels = tokens`` (``shift=True``: position t predicts label t + 1,
+``shift=k``: label t + k), and a label of `ignore_index` does not count.
 """
 
 from .labels import masked_positions, next_token_labels, sliding_windows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 
 import torch
@@ -17,13 +18,13 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 def next_token_labels(
     labels: Tensor,
     *,
-    shift: bool = True,
+    shift: bool | int = True,
     ignore_index: int = -100,
     attention_mask: Tensor | None = None,
     document_ids: Tensor | None = None,
     position_ids: Tensor | None = None,
 ) -> Tensor:
-    """``torch.nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]``
+    """``torch.nn.functional.pad(labels, (0, k), value=ignore_index)[..., k:]``, ``k = int(shift)``
 
     the label that each position predicts, `ignore_index` where there is none: after the last token, on padding, and
     across the border of two documents. ``(next_token_labels(...) != ignore_index).sum()`` is the number of labels that
@@ -31,12 +32,14 @@ def next_token_labels(
 
     Args:
         labels: (..., T), integers: the tokens, or with ``shift=False`` what each position predicts.
-        shift: False where the labels have been shifted already, or belong to their own position.
+        shift: k >= 1: position t predicts label t + k, as the heads of multi-token prediction do (arXiv:2404.19737,
+            section 2). True is 1. False, or 0, where the labels have been shifted already, or belong to their own
+            position. With ``k >= T`` no label counts.
         ignore_index: labels of this index do not count.
         attention_mask: labels' shape, zero on padding, which neither predicts nor is predicted: with padding on the
             left the first token has nothing to be predicted from.
-        document_ids: labels' shape: documents packed into one sequence; a token of another document than the position
-            before it is not predicted from there.
+        document_ids: labels' shape: documents packed into one sequence; a token is not predicted from a position that
+            a border of documents separates it from.
         position_ids: labels' shape, the same said by positions that start anew: one that does not grow begins a
             document.
 
@@ -46,23 +49,22 @@ def next_token_labels(
     Raises:
         TypeError, RuntimeError, ValueError: as `fastloss.cross_entropy`, naming the argument.
     """
+    shift = check_shift(shift)
     check_integers("labels", labels)
     if labels.dim() == 0:
         raise ValueError("labels: expected shape (..., T), got a scalar")
-    labels = labels.long()
+    following = ahead(labels.long(), shift, ignore_index)
+    step = shift or 1  # labels that were shifted before are the next tokens
     if attention_mask is not None:
-        padding = same_shape("attention_mask", attention_mask, labels) == 0
         # Of labels shifted before, the mask knows where they are predicted from, and the last one's own is unknown.
-        labels = labels.masked_fill(padding if shift else padding | pad(padding, (0, 1))[..., 1:], ignore_index)
-    following = pad(labels, (0, 1), value=ignore_index)[..., 1:] if shift else labels
-    if attention_mask is not None and shift:
-        following = following.masked_fill(padding, ignore_index)
+        padding = same_shape("attention_mask", attention_mask, labels) == 0
+        following = following.masked_fill(padding | ahead(padding, step, False), ignore_index)
     if document_ids is not None:
         ids = same_shape("document_ids", document_ids, labels)
-        following = following.masked_fill(_before(ids, torch.ne), ignore_index)
+        following = following.masked_fill(_border_within(ids, torch.ne, step), ignore_index)
     if position_ids is not None:
         ids = same_shape("position_ids", position_ids, labels)
-        following = following.masked_fill(_before(ids, torch.le), ignore_index)
+        following = following.masked_fill(_border_within(ids, torch.le, step), ignore_index)
     return following
 
 
@@ -82,7 +84,9 @@ def masked_positions(labels: Tensor, ignore_index: int = -100) -> Tensor:
 
 
 @public
-def sliding_windows(tokens: Tensor, window: int, stride: int, *, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
+def sliding_windows(
+    tokens: Tensor, window: int, stride: int, *, ignore_index: int = -100, shift: bool | int = True
+) -> tuple[Tensor, Tensor]:
     """``tokens.unfold(0, window, stride)``, and the labels of each window that no window before it has.
 
     A text longer than a model's context, to be evaluated with context for every token: each of its tokens counts once,
@@ -92,11 +96,13 @@ def sliding_windows(tokens: Tensor, window: int, stride: int, *, ignore_index: i
     Args:
         tokens: (L), integers.
         window: tokens that the model sees at once.
-        stride: tokens from one window's start to the next, from 1 to ``window - 1``: each begins within the last.
+        stride: tokens from one window's start to the next, from 1 to ``window - shift``: each begins within the last.
         ignore_index: the label of a token that counted before.
+        shift: that of the loss; a window must overlap the one before it by so many tokens, which predict its first
+            labels.
 
     Returns:
-        Inputs (W, window), and labels (W, window), int64, for ``shift=True``.
+        Inputs (W, window), and labels (W, window), int64, for a loss with this `shift`.
 
     >>> sliding_windows(torch.arange(6), window=4, stride=2)
     (tensor([[0, 1, 2, 3],
@@ -106,10 +112,14 @@ def sliding_windows(tokens: Tensor, window: int, stride: int, *, ignore_index: i
     check_integers("tokens", tokens)
     if tokens.dim() != 1:
         raise ValueError(f"tokens: expected shape (L), got {tuple(tokens.shape)}")
-    if window < 2:
-        raise ValueError(f"window: expected at least 2 tokens (one that predicts, one predicted), got {window}")
-    if not 1 <= stride < window:
-        raise ValueError(f"stride: expected 1 <= stride < window ({window}), got {stride}")
+    shift = check_shift(shift)
+    if window < shift + 1:
+        raise ValueError(
+            f"window: expected at least {shift + 1} tokens (one that predicts, one predicted by shift={shift}), "
+            f"got {window}"
+        )
+    if not 1 <= stride <= window - shift:
+        raise ValueError(f"stride: expected 1 <= stride <= window - shift ({window} - {shift}), got {stride}")
     last = max(len(tokens) - window, 0)
     starts = torch.arange(0, last + stride, stride, device=tokens.device).clamp(max=last)
     at = starts[:, None] + torch.arange(min(window, len(tokens)), device=tokens.device)
@@ -155,8 +165,32 @@ def same_shape(name: str, value: Tensor, labels: Tensor) -> Tensor:
     return value
 
 
-def _before(ids: Tensor, is_border: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """(..., T), whether a border lies between t and t + 1; nothing follows the last position. Not of T - 1 ids:
+def check_shift(shift: bool | int) -> int:
+    """How many positions a label lies after the one that predicts it; anything but an int would be taken for 1."""
+    try:
+        if isinstance(shift, Tensor):
+            raise TypeError
+        number = operator.index(shift)
+    except TypeError:
+        raise TypeError(f"shift: expected a bool or an int >= 0, got {type(shift).__name__}") from None
+    if number < 0:
+        raise ValueError(f"shift: expected a bool or an int >= 0, got {number}")
+    return int(number)
+
+
+def ahead(tensor: Tensor, shift: int, value: float) -> Tensor:
+    """(..., T), at t what stands at t + shift; `value` after the end."""
+    if not torch.compiler.is_compiling():  # or torch.export would hold that as many tokens always come
+        shift = min(shift, tensor.shape[-1])
+    return pad(tensor, (0, shift), value=value)[..., shift:] if shift else tensor
+
+
+def _border_within(ids: Tensor, is_border: Callable[[Tensor, Tensor], Tensor], step: int) -> Tensor:
+    """(..., T), whether a border lies between t and t + step; nothing follows the last positions. Not of T - 1 ids:
     torch.export would hold that two tokens never come."""
     T = ids.shape[-1]
-    return is_border(pad(ids, (0, 1))[..., 1:], ids) & (torch.arange(1, T + 1, device=ids.device) < T)
+    border = is_border(pad(ids, (0, 1))[..., 1:], ids) & (torch.arange(1, T + 1, device=ids.device) < T)
+    if step == 1:
+        return border
+    before = pad(border, (1, 0))[..., :-1].cumsum(-1)  # a document's number, also where an id comes again
+    return ahead(before, step, -1) > before

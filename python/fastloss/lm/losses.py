@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
+from ..arguments import refuse
 from ..linear import linear_cross_entropy
 from ..losses import cross_entropy
 from ..public import public
 from ..spec import COMPUTE_DTYPE
-from .labels import keep, next_token_labels, same_shape
+from .labels import ahead, check_shift, keep, next_token_labels, same_shape
 
 
 @public
@@ -21,7 +21,7 @@ def causal_lm_loss(
     logits: Tensor,
     labels: Tensor,
     *,
-    shift: bool = True,
+    shift: bool | int = True,
     ignore_index: int = -100,
     attention_mask: Tensor | None = None,
     document_ids: Tensor | None = None,
@@ -29,9 +29,10 @@ def causal_lm_loss(
     token_weight: Tensor | None = None,
     **options: Any,
 ) -> Any:
-    """``F.cross_entropy(logits[:, :-1].reshape(-1, V), labels[:, 1:].reshape(-1))``
+    """``F.cross_entropy(logits[:, :-k].reshape(-1, V), labels[:, k:].reshape(-1))``, ``k = int(shift) >= 1``
 
     without a copy of the logits: the labels are shifted instead, as Transformers' ``ForCausalLMLoss`` does.
+    ``shift=k`` is the loss of multi-token prediction's k-th head: position t predicts token t + k.
 
     Args:
         logits: (..., T, V), float32, bfloat16, float16 or float64; or with the option `linear_weight` (V, H) hidden
@@ -48,7 +49,7 @@ def causal_lm_loss(
 
     Returns:
         A scalar; with ``reduction="none"`` labels' shape, the loss of position t being that of the label it predicts
-        (so with shift the last column is zero). With return_stats, (loss, stats). Of the logits' dtype, as torch:
+        (so with shift=k the last k columns are zero). With return_stats, (loss, stats). Of the logits' dtype, as torch:
         ``out_dtype=torch.float32`` for a bfloat16 model's. The mean of no label at all is NaN, its gradient zero.
 
     Raises:
@@ -137,17 +138,17 @@ def sequence_cross_entropy(
     lengths: Tensor | None = None,
     mask: Tensor | None = None,
     context: int = 0,
-    shift: bool = True,
+    shift: bool | int = True,
     ignore_index: int = -100,
     length_normalised: bool = True,
     token_weight: Tensor | None = None,
     reduction: str = "mean",
     **options: Any,
 ) -> Tensor:
-    """``torch.stack([F.cross_entropy(x[:n - 1], y[1:n]) for x, y, n in zip(logits, labels, lengths)]).mean()``
+    """``torch.stack([F.cross_entropy(x[:n - k], y[k:n]) for x, y, n in zip(logits, labels, lengths)]).mean()``
 
-    the mean over sequences of each one's mean over its tokens, so that a short sequence counts as much as a long one;
-    in one pass over the logits.
+    with ``k = int(shift)``: the mean over sequences of each one's mean over its tokens, so that a short sequence counts
+    as much as a long one; in one pass over the logits.
 
     Args:
         logits: (..., T, V); or with `linear_weight` (V, H) hidden states (..., T, H).
@@ -167,8 +168,7 @@ def sequence_cross_entropy(
     Raises:
         IndexError, TypeError, RuntimeError, ValueError: as `fastloss.cross_entropy`, naming the argument.
     """
-    if options.get("return_stats") or options.get("normalizer") is not None:
-        raise TypeError("sequence_cross_entropy() takes neither return_stats nor normalizer")
+    refuse("sequence_cross_entropy", options, "return_stats", "normalizer", "size_average", "reduce")
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"reduction: {reduction!r} is not a valid value for reduction ('none', 'mean' or 'sum')")
     kept = keep(labels, lengths=lengths, mask=mask, context=context, ignore_index=ignore_index)
@@ -194,7 +194,7 @@ def sequence_log_likelihood(
     *,
     lengths: Tensor | None = None,
     mask: Tensor | None = None,
-    shift: bool = True,
+    shift: bool | int = True,
     ignore_index: int = -100,
     length_normalised: bool = False,
     softcap: float | None = None,
@@ -202,10 +202,10 @@ def sequence_log_likelihood(
     linear_weight: Tensor | None = None,
     linear_bias: Tensor | None = None,
 ) -> Tensor:
-    """``logits[:, :-1].log_softmax(-1).gather(-1, labels[:, 1:, None]).squeeze(-1).sum(-1)``
+    """``logits[:, :-k].log_softmax(-1).gather(-1, labels[:, k:, None]).squeeze(-1).sum(-1)``
 
-    the log-probability of each sequence, differentiable: what preference losses (DPO, arXiv:2305.18290, equation 7)
-    compare and what ranks answers.
+    with ``k = int(shift) >= 1``: the log-probability of each sequence, differentiable: what preference losses (DPO,
+    arXiv:2305.18290, equation 7) compare and what ranks answers.
 
     Args:
         logits: (..., T, V); or with `linear_weight` (V, H) hidden states (..., T, H).
@@ -254,6 +254,5 @@ def _classes_last(
     return cross_entropy(logits.movedim(-1, 1), target, **options)
 
 
-def _shifted_weight(token_weight: Tensor, labels: Tensor, shift: bool) -> Tensor:
-    same_shape("token_weight", token_weight, labels)
-    return pad(token_weight, (0, 1))[..., 1:] if shift else token_weight
+def _shifted_weight(token_weight: Tensor, labels: Tensor, shift: int) -> Tensor:
+    return ahead(same_shape("token_weight", token_weight, labels), check_shift(shift), 0)

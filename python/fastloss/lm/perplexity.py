@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..public import public
-from .labels import next_token_labels
+from .labels import check_shift, next_token_labels
 from .losses import causal_lm_loss
 
 
@@ -21,7 +21,7 @@ class Perplexity:
     tokens. Both stay on the logits' device and nothing waits for it until the result is read.
 
     Args:
-        shift, ignore_index: as in `causal_lm_loss`.
+        shift, ignore_index: as in `causal_lm_loss`; with shift=k of the tokens k positions ahead.
         device: of the sums; by default that of the first logits. Needed where `all_reduce` may come before any batch.
 
     >>> ppl = Perplexity()
@@ -31,9 +31,9 @@ class Perplexity:
     """
 
     def __init__(
-        self, *, shift: bool = True, ignore_index: int = -100, device: torch.device | str | None = None
+        self, *, shift: bool | int = True, ignore_index: int = -100, device: torch.device | str | None = None
     ) -> None:
-        self.shift = shift
+        self.shift = check_shift(shift)
         self.ignore_index = ignore_index
         self.device = None if device is None else torch.device(device)
         self.reset()
@@ -94,10 +94,12 @@ class Perplexity:
         self.bytes += other.bytes.to(self.nll.device)
 
     def all_reduce(self, group: Any = None) -> Perplexity:
-        """What all processes of ``torch.distributed`` have seen, as a new Perplexity; without it a copy of this one."""
+        """What all processes of a group have seen, as a new Perplexity. `group`: None is all processes, and a copy of
+        this one where ``torch.distributed`` is not initialised; a group of its own serves there too."""
         whole = Perplexity(shift=self.shift, ignore_index=self.ignore_index, device=self.device)
         whole.merge(self)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        initialised = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if group is not None or initialised:
             counts = torch.stack([whole.tokens, whole.bytes])
             torch.distributed.all_reduce(whole.nll, group=group)
             torch.distributed.all_reduce(counts, group=group)
@@ -124,10 +126,13 @@ class Perplexity:
         self.nll, self.tokens, self.bytes = (t.to(device) for t in (self.nll, self.tokens, self.bytes))
 
 
-def perplexity(batches: Iterable[tuple[Tensor, Tensor]], *, shift: bool = True, ignore_index: int = -100) -> Tensor:
+def perplexity(
+    batches: Iterable[tuple[Tensor, Tensor]], *, shift: bool | int = True, ignore_index: int = -100
+) -> Tensor:
     """``torch.exp(F.cross_entropy(all_logits, all_labels))``
 
     of a corpus given as pairs of logits (..., T, V) and labels (..., T), one pair in memory at a time; float64, ().
+    `shift` and `ignore_index` as in `causal_lm_loss`.
 
     >>> perplexity((model(tokens), tokens) for tokens in batches)  # doctest: +SKIP
     """

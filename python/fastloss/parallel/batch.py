@@ -28,7 +28,7 @@ class AllRows(torch.autograd.Function):
         # Where each rank's rows are counts for little beside them; a sum needs no sizes.
         everyone = rows.new_zeros((shard.vocab_size, *rows.shape[1:]))
         everyone[shard.start : shard.stop] = rows
-        dist.all_reduce(everyone, group=shard.group)
+        dist.all_reduce(everyone, group=shard._group)
         return everyone
 
     @staticmethod
@@ -36,7 +36,7 @@ class AllRows(torch.autograd.Function):
         shard = ctx.shard
         if shard.ranks > 1 and not ctx.summed:
             upstream = upstream.contiguous().clone()
-            dist.all_reduce(upstream, group=shard.group)
+            dist.all_reduce(upstream, group=shard._group)
         return upstream[shard.start : shard.stop], None, None
 
 

@@ -28,6 +28,8 @@ def on_shards(function: Callable[..., Any], bound: inspect.BoundArguments) -> An
     if len(axes) > 1:
         raise NotImplementedError(f"{source}: expected classes sharded over one mesh dimension, got {classes._spec}")
     shard = VocabShard.even(classes.shape[dims[source]], mesh.get_group(axes[0])) if axes else None
+    if axes and given.get("shard") is not None:
+        raise ValueError("shard: expected None with DTensors whose placements shard the classes")
     rows = [None if a in axes or not isinstance(p, Shard) else p.dim for a, p in enumerate(input.placements)]
     _check_reduction(given, rows)
     scattered = [a for a in axes if source != "input" and isinstance(input.placements[a], Shard)]

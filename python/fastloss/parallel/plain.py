@@ -20,7 +20,7 @@ from .shard import BLOCK_BYTES, HEADER_BYTES, VocabShard, check_padding, exchang
 def takes(rows: Rows, to: Reduction, shard: VocabShard) -> bool:
     """Whether this is that loss, and fits into one collective. Ranks need not agree: what they send is the same."""
     spec, divisor = rows.spec, to.normalizer
-    if not isinstance(shard, VocabShard) or transforming():  # who is told so elsewhere
+    if not isinstance(shard, VocabShard) or not shard.sum_hidden or transforming():  # who is told so elsewhere
         return False
     plain = spec.objective is Objective.INDEX and not spec.label_smoothing and not spec.z_loss and rows.weight is None
     if not plain or to.kind == "none" or to.token_weight is not None or (divisor is not None and divisor.requires_grad):

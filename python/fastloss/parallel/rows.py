@@ -211,6 +211,8 @@ def of_part(rows: Rows, shard: VocabShard) -> Rows:
 def apply(rows: Rows, shard: VocabShard, asked: Asked = PLAIN, inplace: bool = False) -> Outcome:
     """Rows of logits."""
     check(rows, shard)
+    if not shard.sum_hidden:
+        raise ValueError("sum_hidden: expected True with a loss of logits, which has no gradient of hidden states")
     return Outcome(*Sharded.apply(*of_part(rows, shard), shard, asked, inplace))
 
 

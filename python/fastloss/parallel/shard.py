@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..spec import Rows
+from .groups import check_group, rank_and_size, resolved
 from .merge import Fields, Part
 
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name since torch 2.13
@@ -30,10 +31,12 @@ class VocabShard:
         start, stop: 0 <= start <= stop <= vocab_size; the parts of all ranks cover the vocabulary, each class once. A
             part may be empty.
         vocab_size: V, without padding.
-        group: a ``torch.distributed`` process group, or None: all ranks. A group of one rank communicates nothing.
+        group: a ``torch.distributed`` process group, or None: all ranks. A group of one rank communicates nothing. One
+            that was made without ``init_process_group`` serves too, also a bare backend (``ProcessGroupGloo``); to
+            ``torch.compile`` hand a shard of it that was made outside.
         sum_hidden: whether a loss of hidden states sums their gradient over the ranks. False leaves each rank what its
             classes give, for who sums it otherwise: the reduce-scatter of sequence parallelism. DTensors whose rows the
-            same ranks share have that by themselves.
+            same ranks share have that by themselves. A loss of logits has none to sum, and takes True alone.
     """
 
     start: int
@@ -41,6 +44,9 @@ class VocabShard:
     vocab_size: int
     group: dist.ProcessGroup | None = None
     sum_hidden: bool = True
+    # The group as collectives take it, and its name: found once, because compiled code cannot.
+    _group: Any = field(default=None, init=False, repr=False, compare=False)
+    _name: str = field(default="", init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.start <= self.stop <= self.vocab_size:
@@ -48,12 +54,18 @@ class VocabShard:
                 f"VocabShard: expected 0 <= start <= stop <= vocab_size, got start={self.start}, stop={self.stop}, "
                 f"vocab_size={self.vocab_size}"
             )
+        if self.group is not None:
+            check_group(self.group)
+            group, name = resolved(self.group)
+            object.__setattr__(self, "_group", group)
+            object.__setattr__(self, "_name", name)
 
     @staticmethod
     def even(vocab_size: int, group: dist.ProcessGroup | None = None, *, padded_size: int | None = None) -> VocabShard:
         """This rank's of equal parts, as DTensor and ``torch.chunk`` cut: ceil(V / ranks) classes each, the last ranks'
         fewer. `padded_size`: of tensors padded to a multiple of the ranks (Megatron), parts of padded_size / ranks."""
-        rank, size = dist.get_rank(group), dist.get_world_size(group)
+        check_group(group)
+        rank, size = rank_and_size(group)
         each = -(-(vocab_size if padded_size is None else padded_size) // size)
         return VocabShard(min(rank * each, vocab_size), min((rank + 1) * each, vocab_size), vocab_size, group)
 
@@ -65,19 +77,17 @@ class VocabShard:
     @property
     def ranks(self) -> int:
         """How many hold the vocabulary."""
-        return dist.get_world_size(self.group) if dist.is_initialized() else 1
+        if self.group is None and not dist.is_initialized():
+            return 1
+        return rank_and_size(self._group)[1]
 
-
-def group_of(shard: VocabShard) -> Any:
-    """Its process group."""
-    return dist.group.WORLD if shard.group is None else shard.group
-
-
-def group_named(name: Any) -> Any:
-    """The process group that torch knows by a name."""
-    from torch.distributed.distributed_c10d import _resolve_process_group
-
-    return _resolve_process_group(name)
+    @property
+    def group_name(self) -> Any:
+        """What torch's operators find the group by."""
+        name = dist.group.WORLD.group_name if self.group is None else self._name  # type: ignore[union-attr]
+        if not name:
+            raise RuntimeError("group: expected one with a name in compiled code: make its VocabShard outside")
+        return name
 
 
 def gather(fields: Fields, rows: Rows, shard: VocabShard, asked: tuple[bool, ...]) -> Fields:
@@ -89,7 +99,7 @@ def gather(fields: Fields, rows: Rows, shard: VocabShard, asked: tuple[bool, ...
     elif torch.compiler.is_compiling():
         from torch.distributed import _functional_collectives as functional
 
-        everyone = functional.wait_tensor(functional.all_gather_tensor(packed, 0, group_of(shard)))
+        everyone = functional.wait_tensor(functional.all_gather_tensor(packed, 0, shard.group_name))
     else:
         header = header_of(rows, shard, asked)
         everyone = _all_gather_checked(packed.view(-1).view(torch.uint8), header, shard).view(packed.dtype)
@@ -139,7 +149,7 @@ _checked: set[tuple[int, ...]] = set()
 
 def _gathered(mine: Tensor, shard: VocabShard) -> Tensor:
     everyone = mine.new_empty(shard.ranks * len(mine))
-    all_gather(everyone, mine, group=shard.group)
+    all_gather(everyone, mine, group=shard._group)
     return everyone.view(shard.ranks, len(mine))
 
 
