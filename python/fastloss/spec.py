@@ -82,6 +82,10 @@ class Rows(NamedTuple):
         return COMPUTE_DTYPE[self.input.dtype]
 
     @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self.input, self.target, self.weight, self.probs
+
+    @property
     def N(self) -> int:
         """How many rows."""
         return count_rows(self.input)

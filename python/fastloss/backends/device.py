@@ -213,10 +213,12 @@ def row_loss_grad(
     need_grad: bool,
     out: Tensor | None = None,
     stats: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The reduced loss; its gradient, `upstream` times; and, where the rows did not stay on chip, their statistics, to
-    be given back with another upstream. With a tensor upstream and an `out` that holds the gradient for an upstream of
-    one, the device decides whether there is anything left to do, and the loss is not computed again."""
+    """The reduced loss; its gradient, `upstream` times, or a `scale` () that is on the device; and, where the rows did
+    not stay on chip, their statistics, to be given back with another upstream. With a tensor upstream and an `out` that
+    holds the gradient for an upstream of one, the device decides whether there is anything left to do, and the loss is
+    not computed again."""
     given, rows = rows.input, _same_dtype(rows)
     N = rows.N
     token_weight = None if to.token_weight is None else to.token_weight.contiguous()
@@ -227,6 +229,7 @@ def row_loss_grad(
     grad, again, wider = out, isinstance(upstream, Tensor), rows.input.dtype != given.dtype
     if need_grad and (grad is None or wider):
         grad = _empty_grad(rows.input if wider else given)
+    upstream = upstream if scale is None else scale
     if isinstance(upstream, Tensor):
         upstream = upstream.to(rows.compute_dtype).expand(N)
     factors = Upstream(upstream, token_weight=token_weight, denominator=denominator)

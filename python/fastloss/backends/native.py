@@ -235,8 +235,10 @@ def row_loss_grad(
     need_grad: bool,
     out: Tensor | None = None,
     stats: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The reduced loss and, `upstream` times, its gradient: each row's while the row is in cache. No statistics."""
+    """The reduced loss and, `upstream` times a `scale` (), its gradient: each row's while the row is in cache. No
+    statistics."""
     rows = readable(rows)
     token_weight = None if to.token_weight is None else to.token_weight.contiguous()
     grad, streaming = out, False
@@ -247,7 +249,7 @@ def row_loss_grad(
         REDUCTIONS[to.kind],
         0 if token_weight is None else token_weight.data_ptr(),
         None if to.normalizer is None else float(to.normalizer),
-        upstream,
+        upstream if scale is None else upstream * scale.item(),
         None if grad is None else lines(grad),
         streaming,
     )

@@ -1,5 +1,6 @@
 """The losses from hidden states and the weight of the last layer: the logits never exist all at once."""
 
+from . import flops as _flops  # noqa: F401  (tells torch's counter of our operators)
 from .cross_entropy import linear_cross_entropy
 from .divergences import linear_js_div, linear_kl_div
 from .heads import MAX_CHUNK_BYTES

@@ -18,7 +18,7 @@ from ..parallel.merge import Log, Part, Whole, rest_of, rows_of
 from ..spec import COMPUTE_DTYPE, Objective, Reduction, Rows
 from . import grads
 from .chunks import Chunk, equal_parts, row_loss, without_effect
-from .grads import HeadGrads
+from .grads import NO_FACTORS, Factors, HeadGrads
 from .heads import LinearRows, empty, filters, row_bytes, sum_bytes
 
 _PANEL = 64  # blocks are whole panels of the matrix product's, of any instruction set
@@ -33,12 +33,15 @@ def needed(given: LinearRows, needs: list[bool]) -> bool:
     return backend.in_parts and not filters(given, backend)  # by tiles of all rows and classes
 
 
-def loss_and_grads(given: LinearRows, to: Reduction, needs: list[bool]) -> tuple[Tensor, list[Tensor]]:
-    """As grads.loss_and_grads, but the weight's in its own dtype."""
+def loss_and_grads(
+    given: LinearRows, to: Reduction, needs: list[bool], upstream: Tensor | None = None
+) -> tuple[Tensor, list[Tensor]]:
+    """As grads.loss_and_grads, but the weight's in its own dtype: rounded here, for the upstream gradient."""
     backend, rows = given.backend(), given.rows
-    inside, divisor = grads.divided(given, backend, to)
-    of_hidden = HeadGrads(given.head, [needs[0], False, False], backend.matmul, divisor)
-    four: list[Tensor | None] = [grads.upstream_of(rows, inside), None, None, None]
+    rounded = [given.head.hidden.dtype != rows.compute_dtype, True]
+    inside, scale, factors = grads.scaled(given, backend, to, upstream, rounded)
+    of_hidden = HeadGrads(given.head, [needs[0], False, False], backend.matmul, factors)
+    four: list[Tensor | None] = [grads.upstream_of(rows, inside, scale), None, None, None]
 
     def add(chunk: Chunk, stats: Tensor) -> None:
         backend.row_grad(chunk.rows, stats, [chunk.of(g) for g in four], chunk.rows.input)
@@ -46,22 +49,29 @@ def loss_and_grads(given: LinearRows, to: Reduction, needs: list[bool]) -> tuple
 
     loss, stats, *_ = row_loss(given, False, None, to.token_weight, add if needs[0] else None)
     hidden, *_ = of_hidden.result(without_effect(rows, *four))
-    return grads.summed(loss, rows, to), [hidden, *_weight_grads(given, stats, four, needs, divisor)]
+    return grads.summed(loss, rows, to), [hidden, *_weight_grads(given, stats, four, needs, factors)]
 
 
 def row_grads(given: LinearRows, stats: Tensor, upstream: list[Tensor | None], needs: list[bool]) -> list[Tensor]:
     """As grads.row_grads, but the weight's in its own dtype."""
-    hidden, *_ = grads.row_grads(given, stats, upstream, [needs[0], False, False])
+    if needs[0]:
+        hidden, *_ = grads.row_grads(given, stats, upstream, [True, False, False])
+    else:
+        hidden, *_ = grads.no_grads(given)
     return [hidden, *_weight_grads(given, stats, upstream, needs)]
 
 
 def _weight_grads(
-    given: LinearRows, stats: Tensor, upstream: list[Tensor | None], needs: list[bool], divisor: Tensor | None = None
+    given: LinearRows,
+    stats: Tensor,
+    upstream: list[Tensor | None],
+    needs: list[bool],
+    factors: Factors = NO_FACTORS,
 ) -> list[Tensor]:
     """From statistics and upstream gradients of rows as kernels have them."""
     whole, V = _whole(given.rows, stats), given.head.weight.shape[0]
     of_outcome = _of_outcome(given.rows, whole, upstream)
-    return weight_grads(given, Part(0, V, V), whole, of_outcome, needs, without_effect(given.rows, *upstream), divisor)
+    return weight_grads(given, Part(0, V, V), whole, of_outcome, needs, without_effect(given.rows, *upstream), factors)
 
 
 def weight_grads(
@@ -71,7 +81,7 @@ def weight_grads(
     upstream: Sequence[Tensor | None],
     needs: list[bool],
     skipped: Tensor | None,
-    divisor: Tensor | None = None,
+    factors: Factors = NO_FACTORS,
 ) -> list[Tensor]:
     """Of weight and bias of a part of the classes, those `given` has, from upstream gradients of an Outcome's first
     four."""
@@ -83,7 +93,7 @@ def weight_grads(
         local = _rows_of(given, part, block)
         write = partial(grads.write_part, given, block, whole, upstream)
         within = slice(block.start - part.start, block.stop - part.start)
-        _sum_block(local, [False, *needs[1:]], write, skipped, divisor, weight[within], bias[within])
+        _sum_block(local, [False, *needs[1:]], write, skipped, factors, weight[within], bias[within])
     return [weight, bias]
 
 
@@ -92,12 +102,12 @@ def _sum_block(
     needs: list[bool],
     write: Callable[[Chunk], None],
     skipped: Tensor | None,
-    divisor: Tensor | None,
+    factors: Factors,
     weight: Tensor,
     bias: Tensor,
 ) -> None:
     """Into the last two, where they are wanted; the sums are gone before the next block's are made."""
-    made = HeadGrads(block.head, needs, block.backend().matmul, divisor)
+    made = HeadGrads(block.head, needs, block.backend().matmul, factors)
     _, *found = grads.sum_up(block, made, write, skipped)
     for to, grad, needed in zip((weight, bias), found, needs[1:], strict=True):
         if needed:

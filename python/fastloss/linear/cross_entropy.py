@@ -139,7 +139,8 @@ def linear_cross_entropy(
         as torch raises, naming the argument.
 
     Memory: the gradients, which the forward makes, and max_chunk_bytes; O(N) beyond them. A second backward, and every
-    backward of reduction="none" or with return_stats, makes the logits again; so does checkpointing. Double backward,
+    backward of reduction="none" or with return_stats, makes the logits again; so does checkpointing, and on CPUs the
+    first backward with another loss scale if gradients are 16-bit. Double backward,
     ``torch.func`` and forward mode take torch's own operations, with all logits.
 
     >>> hidden, head = torch.zeros(2, 3), torch.zeros(4, 3)

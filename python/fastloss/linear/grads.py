@@ -21,24 +21,27 @@ from ..spec import COMPUTE_DTYPE, Reduction, Rows
 from .chunks import Chunk, chunks, counting_first, row_loss, without_effect
 from .heads import Head, LinearRows, empty, filters, grads_on_chip, on_chip
 
+Factors = Sequence[Tensor | None]
+NO_FACTORS: Factors = (None, None, None)
+
 
 class HeadGrads:
-    """The gradients of hidden states (N, H), weight (V, H) and bias (V,), over a divisor; each only where it is needed,
-    else empty. The first is complete with its chunk, in its own dtype; the others are summed over chunks in the compute
-    dtype. `begin_sum` begins the sum over ranks of what a chunk has of the first, and returns what is to be waited for:
-    not before the next chunk is made."""
+    """The gradients of hidden states (N, H), weight (V, H) and bias (V,), each times its factor (), if it has one, and
+    only where it is needed, else empty. The first is complete with its chunk, in its own dtype; the others are summed
+    over chunks in the compute dtype. Factors come before the rounding. `begin_sum` begins the sum over ranks of what a
+    chunk has of the first, and returns what is to be waited for: not before the next chunk is made."""
 
     def __init__(
         self,
         head: Head,
         needs: list[bool],
         matmul: Callable[..., None],
-        divisor: Tensor | None = None,
+        factors: Factors = NO_FACTORS,
         begin_sum: Callable[[Tensor], Any] | None = None,
     ) -> None:
         self.head, self.needs, self.matmul, self.started = head, needs, matmul, False
-        self.divisor = None if divisor is None else torch.where(divisor == 0, 1, divisor)  # where nothing counts
-        self.begin_sum, self.under_way = begin_sum, deque[tuple[Any, slice | Tensor, Tensor]]()
+        self.factors, self.begin_sum = factors, begin_sum
+        self.under_way = deque[tuple[Any, slice | Tensor, Tensor]]()
         self.new = partial(empty, dtype=COMPUTE_DTYPE[head.dtype], device=head.hidden.device)
         own, weight, bias = head.grad_shapes(needs)
         self.hidden = empty(own, head.hidden.dtype, head.hidden.device)
@@ -71,8 +74,8 @@ class HeadGrads:
             work, where, part = self.under_way.popleft()
             if work is not None:
                 work.wait()
-            if self.divisor is not None:
-                part.div_(self.divisor)
+            if self.factors[0] is not None:
+                part.mul_(self.factors[0])
             if not self._in_place(where):
                 self.hidden[where] = part.to(self.hidden.dtype)
 
@@ -84,26 +87,32 @@ class HeadGrads:
             self.bias.zero_()
         if skipped is not None and self.needs[0]:
             self.hidden.masked_fill_(skipped[:, None], 0)  # an index would wait for their number
-        if self.divisor is not None:
-            self.weight.div_(self.divisor)
-            self.bias.div_(self.divisor)
+        for total, factor in zip((self.weight, self.bias), self.factors[1:], strict=True):
+            if factor is not None:
+                total.mul_(factor)
         return [self.hidden, self.weight, self.bias]
 
 
-def loss_and_grads(given: LinearRows, to: Reduction, needs: list[bool]) -> tuple[Tensor, list[Tensor]]:
-    """The summed loss () over the normalizer, and what it gives to the head, for an upstream gradient of one."""
+def loss_and_grads(
+    given: LinearRows, to: Reduction, needs: list[bool], upstream: Tensor | None = None
+) -> tuple[Tensor, list[Tensor]]:
+    """The summed loss () over the normalizer, and what it gives to the head: of what is rounded here (16-bit hidden
+    states) for an upstream gradient () or one, of the rest for one."""
     backend, rows, wanted = given.backend(), given.rows, any(needs)
-    inside, divisor = divided(given, backend, to)
     if on_chip(given, backend) and not wanted:
         return summed(row_loss(given, False, None, to.token_weight)[0], rows, to), no_grads(given)
+    inside, scale, factors = scaled(
+        given, backend, to, upstream, [given.head.hidden.dtype != rows.compute_dtype, False]
+    )
     if wanted and filters(given, backend):  # four products, but two of them of few tiles
         loss, stats, *_ = row_loss(given, False, None, to.token_weight)
-        upstream: list[Tensor | None] = [upstream_of(rows, inside), None, None, None]
-        return summed(loss, rows, to), row_grads(given, stats, upstream, needs, divisor)
-    grads, skipped = HeadGrads(given.head, needs, backend.matmul, divisor), without_effect(rows, to.token_weight)
+        of_rows: list[Tensor | None] = [upstream_of(rows, inside, scale), None, None, None]
+        return summed(loss, rows, to), row_grads(given, stats, of_rows, needs, factors)
+    grads, skipped = HeadGrads(given.head, needs, backend.matmul, factors), without_effect(rows, to.token_weight)
     total, over = given.head.hidden.new_zeros((), dtype=rows.compute_dtype), False
     for chunk in chunks(given, backend, skipped):
-        total += _chunk_loss(backend, chunk.rows, inside._replace(token_weight=chunk.of(to.token_weight)), wanted)
+        of_chunk = inside._replace(token_weight=chunk.of(to.token_weight))
+        total += _chunk_loss(backend, chunk.rows, of_chunk, wanted, scale)
         over = inside.normalizer is not None
         if wanted:
             grads.add(chunk)
@@ -112,11 +121,33 @@ def loss_and_grads(given: LinearRows, to: Reduction, needs: list[bool]) -> tuple
     return total, grads.result(skipped)
 
 
-def divided(given: LinearRows, backend: Backend, to: Reduction) -> tuple[Reduction, Tensor | None]:
-    """The reduction as gradients of logits have it, and what their sums are divided by afterwards: a probability over
-    the number of tokens is next to nothing in float16."""
-    half = backend.logits_dtype(given.head.hidden.dtype, given.head.weight.dtype) == torch.float16
-    return (to._replace(normalizer=None), to.normalizer) if half else (to, None)
+def logits_dtype(given: LinearRows, backend: Backend) -> torch.dtype:
+    """What logits, and their gradients, are rounded to."""
+    return backend.logits_dtype(given.head.hidden.dtype, given.head.weight.dtype)
+
+
+def scaled(
+    given: LinearRows, backend: Backend, to: Reduction, upstream: Tensor | None, rounded: list[bool]
+) -> tuple[Reduction, Tensor | None, Factors]:
+    """The reduction as gradients of logits have it, a scale () of those, and the factors of their sums: with the
+    upstream gradient where the gradient of hidden states, or of the weight, is `rounded` here.
+
+    Where logits are 16-bit a product is rounded before any factor comes to it, which must then be a power of two: the
+    rest of it reaches the logits. So does all of it in float16 if it makes them larger, as in torch; but normalizers,
+    which make them next to nothing there, do not."""
+    dtype = logits_dtype(given, backend)
+    half = dtype == torch.float16  # which has few exponents
+    if dtype.itemsize > 2 or (upstream is None and not (half and to.normalizer is not None)):
+        return to, None, [upstream if r else None for r in (*rounded, False)]
+    whole = inverse = given.head.hidden.new_ones((), dtype=given.rows.compute_dtype)
+    if half and to.normalizer is not None:  # zero where nothing counts, and so are the gradients
+        whole = inverse = 1 / torch.where(to.normalizer == 0, 1, to.normalizer)
+    if upstream is not None:
+        whole = whole * upstream
+    mantissa = 2 * torch.frexp(whole)[0]
+    scale = torch.where(mantissa == 0, 1, torch.where(whole.abs() < 1, mantissa, whole) if half else mantissa)
+    factors = [(whole if r else inverse) / scale for r in (*rounded, False)]
+    return to._replace(normalizer=None) if half else to, scale, factors
 
 
 def summed(loss: Tensor, rows: Rows, to: Reduction) -> Tensor:
@@ -129,23 +160,24 @@ def no_grads(given: LinearRows) -> list[Tensor]:
     return HeadGrads(given.head, [False, False, False], given.backend().matmul).result(None)
 
 
-def _chunk_loss(backend: Backend, rows: Rows, to: Reduction, overwrite: bool) -> Tensor:
-    """The reduced loss; the gradient of the logits, if wanted, in their place."""
+def _chunk_loss(backend: Backend, rows: Rows, to: Reduction, overwrite: bool, scale: Tensor | None) -> Tensor:
+    """The reduced loss; the gradient of the logits, if wanted, in their place, times a scale."""
     out = rows.input if overwrite else None
     if backend.row_loss_grad is not None:
-        return backend.row_loss_grad(rows, to, 1.0, overwrite, out)[0]
+        return backend.row_loss_grad(rows, to, 1.0, overwrite, out, scale=scale)[0]
     loss, stats, *_ = backend.row_loss(rows, False)
     if overwrite:
-        backend.row_grad(rows, stats, [upstream_of(rows, to), None, None, None], out)
+        backend.row_grad(rows, stats, [upstream_of(rows, to, scale), None, None, None], out)
     return reduce_rows(loss, rows, to)
 
 
-def upstream_of(rows: Rows, to: Reduction) -> Tensor:
-    """What the reduced loss gives to losses (N,)."""
+def upstream_of(rows: Rows, to: Reduction, scale: Tensor | None = None) -> Tensor:
+    """What the reduced loss, times a scale, gives to losses (N,)."""
     upstream = to.token_weight
     if upstream is None:
         upstream = torch.ones(rows.input.shape[0], dtype=rows.compute_dtype, device=rows.input.device)
-    return upstream if to.normalizer is None else upstream / to.normalizer
+    upstream = upstream if to.normalizer is None else upstream / to.normalizer
+    return upstream if scale is None else upstream * scale
 
 
 def row_grads(
@@ -153,9 +185,9 @@ def row_grads(
     stats: Tensor,
     upstream: list[Tensor | None],
     needs: list[bool],
-    divisor: Tensor | None = None,
+    factors: Factors = NO_FACTORS,
 ) -> list[Tensor]:
-    """What losses and statistics give to the head, for their upstream gradients (N,), over a divisor."""
+    """What losses and statistics give to the head, for their upstream gradients (N,), times factors."""
     backend = given.backend()
     tiled = grads_on_chip(given, backend)
     skipped = without_effect(given.rows, *upstream)
@@ -170,7 +202,7 @@ def row_grads(
 
     # Rows that ask for nothing are tiles of their own, which no product takes.
     order = counting_first(given.rows, *upstream) if filters(given, backend) else None
-    return sum_up(given, HeadGrads(given.head, needs, backend.matmul, divisor), write, skipped, not tiled, order)
+    return sum_up(given, HeadGrads(given.head, needs, backend.matmul, factors), write, skipped, not tiled, order)
 
 
 def sum_up(

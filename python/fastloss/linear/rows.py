@@ -1,7 +1,8 @@
 """The torch side of losses of hidden states, as fastloss/rows.py of logits': operators, autograd Functions around them.
 
-`Reduced`: a reduced loss whose gradients are made in the forward, chunk by chunk: three products in all. `PerRow`:
-losses and statistics (N,) forward, for any upstream gradient; the backward makes the logits again.
+`Reduced`: a reduced loss whose gradients are made in the forward, chunk by chunk, for the upstream gradient expected
+(upstream.py): three products in all. `PerRow`: losses and statistics (N,) forward, for any upstream gradient; the
+backward makes the logits again.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from ..backends import reference
 from ..reduction import reduce_rows
 from ..rows import (
     SPEC_SCHEMA,
+    eager,
     entropy_of,
     flat_spec,
     library,
@@ -29,6 +31,7 @@ from ..saved import save as store
 from ..saved import saved as restore
 from ..spec import Reduction, Rows
 from . import blocks, grads
+from . import upstream as guess
 from .chunks import row_loss
 from .heads import Head, LinearRows, stand_in
 
@@ -36,9 +39,9 @@ _HEAD = "Tensor hidden, Tensor head_weight, Tensor? head_bias"
 _TEACHER = "Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias"
 _NUMBERS = f"{SPEC_SCHEMA}, SymInt limit, SymInt block_bytes, float? filter_eps"
 SCHEMA = f"{_HEAD}, Tensor? target, {_TEACHER}, Tensor? weight, Tensor? probs, {_NUMBERS}"
-library.define(
-    f"linear_loss({SCHEMA}, Tensor? token_weight, Tensor? normalizer, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)"
-)
+_REDUCED = f"{SCHEMA}, Tensor? token_weight, Tensor? normalizer, bool[] needs"
+library.define(f"linear_loss({_REDUCED}, Tensor? upstream=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
+library.define(f"linear_loss_grad({_REDUCED}, Tensor[] made, Tensor upstream) -> (Tensor, Tensor, Tensor)")
 library.define(f"linear_row_loss({SCHEMA}, bool extras) -> (Tensor, Tensor, Tensor, Tensor)")
 library.define(f"linear_row_grad({SCHEMA}, Tensor stats, Tensor?[] upstream, bool[] needs) -> (Tensor, Tensor, Tensor)")
 
@@ -75,10 +78,78 @@ def record(*args: Any) -> tuple[LinearRows, list[Any]]:
 
 @torch.library.impl(library, "linear_loss", "CompositeExplicitAutograd")
 def _linear_loss(*args: Any) -> tuple[Tensor, ...]:
-    given, (token_weight, normalizer, needs) = record(*args)
+    """(loss, gradients of hidden states, weight and bias, the upstream gradient for which those are made that are
+    rounded): an upstream gradient as given, or as expected."""
+    given, (token_weight, normalizer, needs, *upstream) = record(*args)
+    return _loss_and_grads(given, token_weight, normalizer, needs, upstream[0] if upstream else None)
+
+
+def _loss_and_grads(
+    given: LinearRows,
+    token_weight: Tensor | None,
+    normalizer: Tensor | None,
+    needs: list[bool],
+    upstream: Tensor | None = None,
+) -> tuple[Tensor, ...]:
     to = Reduction("sum", token_weight, normalizer, given.rows.compute_dtype)
-    loss, made = _by(given, needs).loss_and_grads(given, to, needs)
-    return loss, *made
+    guessed = guess.is_guessed(given, needs)
+    if upstream is not None:
+        factor = upstream.to(given.rows.compute_dtype, copy=True)
+    else:
+        factor = guess.expected(given) if guessed else given.head.hidden.new_ones((), dtype=given.rows.compute_dtype)
+    one = not guessed or (guess.on_host(factor) and factor.item() == 1)
+    loss, made = _by(given, needs).loss_and_grads(given, to, needs, None if one else factor)
+    return loss, *made, factor
+
+
+@torch.library.impl(library, "linear_loss_grad", "CompositeExplicitAutograd")
+def _linear_loss_grad(*args: Any) -> tuple[Tensor, ...]:
+    """The gradients for the true upstream gradient, in their own dtypes, from what linear_loss made besides the loss;
+    in memory of their own, as operators return what they make."""
+    given, (*reduction, made, upstream) = record(*args)
+    return tuple(_for_upstream(given, reduction, made, upstream, False))
+
+
+def _for_upstream(
+    given: LinearRows, reduction: list[Any], made: list[Tensor], upstream: Tensor, own: bool
+) -> list[Tensor]:
+    """As linear_loss_grad, whose arguments `reduction` are; in the memory of what was made if that is our `own`."""
+    *made, expected = made
+    (token_weight, normalizer, needs), owns, host = reduction, [own] * 3, guess.on_host(upstream)
+    rounded, guessed = guess.rounded(given, needs), guess.is_guessed(given, needs)
+    if guessed:
+        guess.remember(given, upstream)
+    if guessed and host and upstream.item() != expected.item():
+        narrow = guess.narrow(given)
+        again = [n and (narrow or r) for n, r in zip(needs, rounded, strict=True)]
+        _, *fresh, _ = _loss_and_grads(given, token_weight, normalizer, again, upstream)
+        made = [new if a else old for new, old, a in zip(fresh, made, again, strict=True)]
+        owns = [a or own for a in again]
+    # Equal ones may be zero, in a second backward, whose forward is told.
+    ratio = None if host else torch.where(upstream == expected, 1, upstream / expected)
+    whole = None if host and upstream.item() == 1 else upstream
+    dtypes = [expected.dtype if t is None else t.dtype for t in given.head]
+    return [
+        _times(g, ratio if r else whole, dtype, mine)
+        for g, r, dtype, mine in zip(made, rounded, dtypes, owns, strict=True)
+    ]
+
+
+_PIECE = 1 << 20  # numbers that are multiplied at once, where that takes memory
+
+
+def _times(grad: Tensor, factor: Tensor | None, dtype: torch.dtype, own: bool) -> Tensor:
+    """grad times factor in a dtype, rounded once; in its own memory if that may be."""
+    own = own and grad.dtype == dtype
+    if factor is None:
+        return grad if own else grad.to(dtype, copy=True)
+    if own and dtype == factor.dtype:
+        return grad.mul_(factor)
+    out = grad if own else torch.empty_like(grad, dtype=dtype)
+    rows = max(1, _PIECE // max(1, grad[:1].numel()))
+    for to, some in zip(out.split(rows), grad.split(rows), strict=True):
+        to.copy_(some.to(factor.dtype) * factor)
+    return out
 
 
 @torch.library.impl(library, "linear_row_loss", "CompositeExplicitAutograd")
@@ -107,8 +178,16 @@ def fake_grads(given: LinearRows, needs: list[bool]) -> list[Tensor]:
 
 @torch.library.register_fake("fastloss::linear_loss", lib=library)
 def _(*args: Any) -> tuple[Tensor, ...]:
-    given, (_, _, needs) = record(*args)
-    return given.head.hidden.new_empty((), dtype=given.rows.compute_dtype), *fake_grads(given, needs)
+    given, (_, _, needs, *_) = record(*args)
+    new, dtype = given.head.hidden.new_empty, given.rows.compute_dtype
+    return new((), dtype=dtype), *fake_grads(given, needs), new((), dtype=dtype)
+
+
+@torch.library.register_fake("fastloss::linear_loss_grad", lib=library)
+def _(*args: Any) -> tuple[Tensor, ...]:
+    given, (*_, made, _) = record(*args)
+    dtypes = [made[-1].dtype if t is None else t.dtype for t in given.head]
+    return tuple(torch.empty_like(g, dtype=d) for g, d in zip(made, dtypes, strict=False))
 
 
 @torch.library.register_fake("fastloss::linear_row_loss", lib=library)
@@ -130,9 +209,8 @@ def needs_of(head: Head) -> list[bool]:
     return [torch.is_grad_enabled() and t is not None and t.requires_grad for t in head]
 
 
-def as_inputs(grads: Any, given: LinearRows, factor: Tensor | None = None) -> list[Tensor | None]:
-    """Sums in the compute dtype as gradients of what is differentiated, times a factor."""
-    grads = grads if factor is None else [g.to(factor.dtype) * factor for g in grads]
+def as_inputs(grads: Any, given: LinearRows) -> list[Tensor | None]:
+    """Sums in the compute dtype as gradients of what is differentiated."""
     return [None if t is None else g.to(t.dtype) for g, t in zip(grads, given.head, strict=True)]
 
 
@@ -178,7 +256,7 @@ class Reduced(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> Tensor:
         loss, *made = torch.ops.fastloss.linear_loss(*args)
         # Eager: not saved but held, to be given away. A compiled graph is run anew for every backward.
-        ctx.grads, traced = (None, made) if torch.compiler.is_compiling() else (made, [])
+        ctx.made, traced = (None, made) if torch.compiler.is_compiling() else (made, [])
         save(ctx, args, *traced)
         return loss
 
@@ -186,31 +264,24 @@ class Reduced(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> Any:
         args, traced = saved(ctx)
         nothing = [None] * (len(args) - 3)
-        given, (token_weight, normalizer, needs) = record(*args)
+        given, reduction = record(*args)
         if not torch.compiler.is_compiling() and needs_formula(upstream):
+            token_weight, normalizer, needs = reduction
             to = Reduction("sum", token_weight, normalizer, given.rows.compute_dtype)
             outputs = lambda rows: [reduce_rows(reference.row_result(rows).loss, rows, to)]  # noqa: E731
             return *_formula_grads(outputs, given, needs, [upstream], [token_weight]), *nothing
         if torch.compiler.is_compiling():
-            return *as_inputs(traced, given, upstream), *nothing
-        made = ctx.grads
-        # They become somebody's .grad: a second backward makes them anew, from the logits.
-        ctx.grads = None
+            made = list(traced)
+        else:
+            # They become somebody's .grad: a second backward makes them anew, from the logits.
+            made, ctx.made = ctx.made, None
         if made is None:
-            _, *made = torch.ops.fastloss.linear_loss(*args)
-        if upstream.device.type != "cpu" or upstream.item() != 1:
-            for g in made:
-                _scale(g, upstream, given.limit)
-        return *as_inputs(made, given), *nothing
-
-
-def _scale(grad: Tensor, factor: Tensor, rows: int) -> None:
-    """In place; a factor of more digits than the gradient keeps them."""
-    if grad.dtype == factor.dtype:
-        grad.mul_(factor)
-        return
-    for some in grad.split(rows):
-        some.copy_(some.to(factor.dtype).mul_(factor))
+            _, *made = torch.ops.fastloss.linear_loss(*args, upstream)
+        if eager(upstream):
+            found: Any = _for_upstream(given, reduction, made, upstream, True)
+        else:  # traced, fake or watched
+            found = torch.ops.fastloss.linear_loss_grad(*args, made, upstream)
+        return *as_inputs(found, given), *nothing
 
 
 class PerRow(torch.autograd.Function):

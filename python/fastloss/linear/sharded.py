@@ -134,7 +134,7 @@ def _head_grads(
     of_chunks = [needs[0], False, False] if by_blocks else needs
     sums = shard.ranks > 1 and shard.sum_hidden
     begin_sum = partial(dist.all_reduce, group=shard._group, async_op=True) if sums else None
-    made = HeadGrads(given.head, of_chunks, backend.matmul, None, begin_sum)
+    made = HeadGrads(given.head, of_chunks, backend.matmul, begin_sum=begin_sum)
     for chunk in chunks(given._replace(rows=local), backend, skipped) if any(of_chunks) else ():
         if shard.part.size:
             grads.write_part(given, shard.part, whole, upstream, chunk)
