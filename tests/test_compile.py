@@ -116,6 +116,38 @@ def test_compile_statistics() -> None:
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile_of_rows_at_two_strides(dynamic: bool) -> None:
+    """Views of logits, and of a teacher's: no graph break, and no guess about their strides."""
+
+    def loss(x: Tensor, u: Tensor) -> Tensor:
+        shifted, teacher = x[:, :-1], u.transpose(0, 1)[:, 1:]
+        kl = fastloss.kl_div_with_logits(shifted, teacher)
+        index = fastloss.cross_entropy(shifted.movedim(-1, 1), teacher.argmax(-1))
+        soft = fastloss.cross_entropy(shifted.movedim(-1, 1), teacher.softmax(-1).movedim(-1, 1))
+        chosen = fastloss.selective_log_softmax(x.transpose(0, 1), u.argsort(-1)[..., :2])
+        return kl + index + soft + chosen.square().sum() + fastloss.softmax_entropy(shifted).sum()
+
+    def textbook(x: Tensor, u: Tensor) -> Tensor:
+        log_p = x[:, :-1].log_softmax(-1).flatten(0, 1)
+        teacher = u.transpose(0, 1)[:, 1:].flatten(0, 1)
+        kl = F.kl_div(log_p, teacher.log_softmax(-1), log_target=True, reduction="batchmean")
+        index, soft = F.nll_loss(log_p, teacher.argmax(-1)), -(teacher.softmax(-1) * log_p).sum(-1).mean()
+        chosen = x.transpose(0, 1).log_softmax(-1).gather(-1, u.argsort(-1)[..., :2])
+        return kl + index + soft + chosen.square().sum() - (log_p.exp() * log_p).sum()
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic)
+    for batch, time in ((2, 5), (3, 4)):
+        x, u = logits(batch, time, V), logits(time, batch, V)
+        results = []
+        for fn, leaf in ((compiled, x.clone()), (textbook, x.double())):
+            leaf.requires_grad_()
+            value = fn(leaf, u.to(leaf.dtype))
+            value.backward()
+            results.append((value.detach().double(), leaf.grad.double()))
+        torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+
+
 def test_compile_our_options() -> None:
     weight, n = torch.rand(N), torch.tensor(4.0)
     kwargs = {"token_weight": weight, "normalizer": n, "logit_scale": 0.5, "softcap": 6.0, "z_loss": 1e-2}

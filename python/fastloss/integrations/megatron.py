@@ -119,6 +119,5 @@ def _shard_of(logits: Tensor, group: dist.ProcessGroup | None, vocab_size: int |
 
 
 def _per_token(logits: Tensor, target: Tensor, shard: VocabShard | None, **options: Any) -> Tensor:
-    rows, y = logits.reshape(-1, logits.shape[-1]), target.reshape(-1)
-    loss = cross_entropy(rows, y, reduction="none", out_dtype=torch.float32, shard=shard, **options)
-    return loss.view(logits.shape[:-1])
+    y = target.reshape(logits.shape[:-1])
+    return cross_entropy(logits.movedim(-1, 1), y, reduction="none", out_dtype=torch.float32, shard=shard, **options)
