@@ -116,6 +116,56 @@ def test_compile_statistics() -> None:
     torch.testing.assert_close(*results)
 
 
+STRIDED: dict[str, tuple[Loss, Loss]] = {
+    "kl": (
+        fastloss.kl_div_with_logits,
+        lambda x, u: F.kl_div(x.log_softmax(-1), u.log_softmax(-1), log_target=True, reduction="none").sum(-1).mean(),
+    ),
+    "index": (
+        lambda x, u: fastloss.cross_entropy(x.movedim(-1, 1), u.argmax(-1)),
+        lambda x, u: F.cross_entropy(x.flatten(0, 1), u.argmax(-1).flatten()),
+    ),
+    "probabilities": (
+        lambda x, u: fastloss.cross_entropy(x.movedim(-1, 1), u.softmax(-1).movedim(-1, 1)),
+        lambda x, u: F.cross_entropy(x.flatten(0, 1), u.flatten(0, 1).softmax(-1)),
+    ),
+    "selected": (
+        lambda x, u: fastloss.selective_log_softmax(x, u.argsort(-1)[..., :2]).square().sum(),
+        lambda x, u: x.log_softmax(-1).gather(-1, u.argsort(-1)[..., :2]).square().sum(),
+    ),
+}
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("name", STRIDED)
+def test_compile_of_rows_at_two_strides(name: str, dynamic: bool) -> None:
+    """Views of logits, and of a teacher's: no graph break, and no guess about their strides."""
+    ours, textbook = STRIDED[name]
+    compiled = torch.compile(
+        lambda x, u: ours(x[:, :-1], u.transpose(0, 1)[:, 1:]), fullgraph=True, dynamic=dynamic, backend="aot_eager"
+    )
+    for batch, time in ((2, 5), (3, 4)):
+        x, u = logits(batch, time, V), logits(time, batch, V)
+        results = []
+        for dtype in torch.float32, torch.float64:
+            leaf = x.to(dtype, copy=True).requires_grad_()
+            views = leaf[:, :-1], u.to(dtype).transpose(0, 1)[:, 1:]
+            value = compiled(leaf, u) if dtype == torch.float32 else textbook(*views)
+            value.backward()
+            results.append((value.detach().double(), leaf.grad.double()))
+        torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+
+
+def test_compile_inductor_of_rows_at_two_strides() -> None:
+    compiled = torch.compile(lambda x, u: fastloss.kl_div_with_logits(x[:, :-1], u[:, 1:]), fullgraph=True)
+    x, u = logits(2, 5, V).requires_grad_(), logits(2, 5, V)
+    loss = compiled(x, u)
+    want = STRIDED["kl"][1](x[:, :-1].double(), u[:, 1:].double())
+    torch.testing.assert_close(loss.double(), want)
+    grads = [torch.autograd.grad(value, x)[0] for value in (loss, want)]
+    torch.testing.assert_close(*grads)
+
+
 def test_compile_our_options() -> None:
     weight, n = torch.rand(N), torch.tensor(4.0)
     kwargs = {"token_weight": weight, "normalizer": n, "logit_scale": 0.5, "softcap": 6.0, "z_loss": 1e-2}

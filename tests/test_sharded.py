@@ -10,6 +10,7 @@ from cases import CASES, LOSS_CASES, Case
 from check import assert_as_good_as_torch as assert_logits_as_good
 from linear_calls import Call, assert_as_good_as_torch, results
 from ranks import Ranks, ranks
+from test_strides import PAIRS, over
 from torch import Tensor
 
 import fastloss
@@ -35,13 +36,21 @@ def own(
     return x[:, part], y if case.objective.indexed else y[:, part], options
 
 
-def on_rank(name: str, x: Tensor, y: Tensor, options: dict[str, Any], upstream: Tensor | None, cuts: list[int]):
-    """Loss and gradient of this rank's logits."""
+def on_rank(
+    name: str,
+    x: Tensor,
+    y: Tensor,
+    options: dict[str, Any],
+    upstream: Tensor | None,
+    cuts: list[int],
+    views: tuple[str, str] | None,
+):
+    """Loss and gradient of this rank's logits; through `views` of test_strides.VIEWS of them and of their target."""
     case, rank = ALL[name], torch.distributed.get_rank()
     shard = VocabShard(cuts[rank], cuts[rank + 1], cuts[-1])
     x, y, options = own(case, x, y, options, slice(*cuts[rank : rank + 2]))
     x = x.clone().requires_grad_()
-    loss = case.loss()(x, y, shard=shard, **options)
+    loss = (over(case, *views) if views else case.loss())(x, y, shard=shard, **options)
     loss.backward(torch.ones_like(loss) if upstream is None else upstream)
     return loss.detach(), x.grad
 
@@ -59,12 +68,12 @@ class Sharded(torch.autograd.Function):
         return ctx.ask(ctx.x, upstream)[1], None
 
 
-def sharded(world: Ranks, case: Case, cuts: list[int]):
+def sharded(world: Ranks, case: Case, cuts: list[int], views: tuple[str, str] | None = None):
     """What a user would call, over ranks."""
 
     def loss(x: Tensor, y: Tensor, **options: Any) -> Tensor:
         def ask(x: Tensor, upstream: Tensor | None) -> tuple[Tensor, Tensor]:
-            found = world.run(on_rank, case.name, x, y, options, upstream, cuts)
+            found = world.run(on_rank, case.name, x, y, options, upstream, cuts, views)
             for other, _ in found[1:]:
                 assert torch.equal(other, found[0][0]), "ranks differ"
             return found[0][0], torch.cat([grad for _, grad in found], 1)
@@ -79,14 +88,23 @@ def cut(V: int, ranks: int, g: torch.Generator) -> list[int]:
     return [0, *torch.randint(V + 1, (ranks - 1,), generator=g).sort().values.tolist(), V]
 
 
-def check(world: Ranks, case: Case, N: int, V: int, dtype: torch.dtype, reduction: str, g: torch.Generator) -> None:
+def check(
+    world: Ranks,
+    case: Case,
+    N: int,
+    V: int,
+    dtype: torch.dtype,
+    reduction: str,
+    g: torch.Generator,
+    views: tuple[str, str] | None = None,
+) -> None:
     x, y, options = case.inputs(N, V, dtype, g)
     per_row = case.function == "selective_log_softmax"
     upstream = case.upstream(N, g) if per_row or reduction == "none" else None
     reduction = "sum" if reduction == "none" and "normalizer" in options else reduction
     upstream = None if reduction == "sum" else upstream
     options |= {} if per_row else {"reduction": reduction}
-    loss = sharded(world, case, cut(V, len(world.pipes), g))
+    loss = sharded(world, case, cut(V, len(world.pipes), g), views)
     assert_logits_as_good(loss, case.oracle, x, y, options, upstream)
 
 
@@ -95,6 +113,13 @@ def test_case(world, name, generator):
     case = ALL[name]
     check(world, case, 6, 131, torch.float32, "mean", generator)
     check(world, case, 5, 40, torch.float64, "none", generator)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_rows_at_two_strides(world, name, generator):
+    pairs = PAIRS[: 2 if len(world.pipes) == 2 else 1]
+    for views, reduction in zip(pairs, ("mean", "none"), strict=False):
+        check(world, ALL[name], 6, 131, torch.float32, reduction, generator, views)
 
 
 def linear_on_rank(

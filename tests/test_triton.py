@@ -20,6 +20,7 @@ from test_numerics import (  # noqa: F401
     test_one_bad_row_stays_alone,
     test_target_on_a_masked_class,
 )
+from test_strides import test_cases as test_views  # noqa: F401
 from triton_engine import TARGETS, compiled, emulated, launches, make_rows, resources
 
 import fastloss

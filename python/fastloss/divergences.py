@@ -41,9 +41,11 @@ def kl_div_with_logits(
     KL(p || q). No softmax is materialised, and gradients are finite at any finite logits.
 
     Args:
-        input: the student's logits (..., V); float32, bfloat16, float16 or float64, any strides. Sums are float32
-            (float64 for float64). A class whose logit is -inf on both sides does not exist.
-        target_logits: the teacher's logits, of input's shape. Differentiable, by the slower textbook expression.
+        input: the student's logits (..., V); float32, bfloat16, float16 or float64, any strides, which cost a copy only
+            where `cross_entropy` says. Sums are float32 (float64 for float64). A class whose logit is -inf on both
+            sides does not exist.
+        target_logits: the teacher's logits, of input's shape, any strides likewise. Differentiable, by the slower
+            textbook expression.
         direction: "forward", KL(q || p), or "reverse", KL(p || q).
         temperature: T > 0 divides both; the loss is not multiplied by T ** 2 (Hinton et al. 2015, arXiv:1503.02531,
             section 2, does so to keep gradients of hard and soft targets in proportion).

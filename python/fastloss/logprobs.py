@@ -51,7 +51,7 @@ def row_stats(
     else of its size.
 
     Args:
-        input: logits (..., V); float32, bfloat16, float16 or float64, any strides.
+        input: logits (..., V); float32, bfloat16, float16 or float64, any strides as in `cross_entropy`.
         target: (...) class indices, or None.
         ignore_index: rows with a target of this index are left out. Without a target no row is.
         temperature, softcap, logit_scale: > 0.
@@ -182,7 +182,7 @@ def selective_log_softmax(
     need.
 
     Args:
-        input: logits (..., V); float32, bfloat16, float16 or float64, any strides.
+        input: logits (..., V); float32, bfloat16, float16 or float64, any strides as in `cross_entropy`.
         index: (...), one class of each row, or (..., K); int64, int32 or uint8. The result has its shape.
         temperature: > 0, divides the logits.
         return_entropy: also the entropy of each row, (...); differentiable.

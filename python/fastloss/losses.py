@@ -105,10 +105,12 @@ def cross_entropy(
     ``F.cross_entropy(softcap * tanh(logit_scale * input / softcap), target) + z_loss * logsumexp(...) ** 2``.
 
     Args:
-        input: logits (C), (N, C) or (N, C, d1, ..., dK); float32, bfloat16, float16 or float64, any strides. Sums are
-            float32 (float64 for float64). A logit of -inf is a class that does not exist: gradient exactly zero.
+        input: logits (C), (N, C) or (N, C, d1, ..., dK); float32, bfloat16, float16 or float64, any strides: read where
+            they lie, and copied only where classes are not contiguous in memory or rows lie at more than two strides
+            (those of x[:, :-1] and x.transpose(0, 1) lie at two). Sums are float32 (float64 for float64). A logit of
+            -inf is a class that does not exist: gradient exactly zero.
         target: class indices (), (N) or (N, d1, ..., dK) in [0, C), int64, int32 or uint8; or class probabilities of
-            input's shape, floating point.
+            input's shape, floating point, any strides as input's.
         weight: (C), one weight per class, of input's dtype. A mean divides by the summed weights of the targets.
         size_average, reduce: deprecated, as in torch.
         ignore_index: targets of this index have zero loss, zero statistics and exactly zero gradient.

@@ -40,7 +40,8 @@ def pointer_generator_nll(
     word outside the vocabulary has an id from V on, in `source_ids` and `target` alike, and can only be copied.
 
     Args:
-        input: the generator's logits (B, T, V); float32, bfloat16, float16 or float64, any strides.
+        input: the generator's logits (B, T, V); float32, bfloat16, float16 or float64, any strides as in
+            `cross_entropy`.
         gate_logit: (B, T), of the probability to generate (p_gen before its sigmoid, equation 8).
         attention: (B, T, S) over the source words, non-negative.
         source_ids: (B, S) extended ids, int64, int32 or uint8.

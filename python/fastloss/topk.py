@@ -47,8 +47,8 @@ def topk_cross_entropy(
     classes are one more, of probability 1 - probs.sum(-1).
 
     Args:
-        input: logits (..., V); float32, bfloat16, float16 or float64, any strides. Sums are float32 (float64 for
-            float64).
+        input: logits (..., V); float32, bfloat16, float16 or float64, any strides as in `cross_entropy`. Sums
+            are float32 (float64 for float64).
         indices: (..., K) classes in [0, V), int64, int32 or uint8. A class listed twice has the sum of its
             probabilities; an entry of `ignore_index` is not there; a row of nothing else has zero loss and gradient,
             and does not count in the mean.

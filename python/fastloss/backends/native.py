@@ -92,11 +92,14 @@ def _beside(q: Tensor, dtype: torch.dtype) -> Tensor:
 
 def lines(x: Tensor) -> tuple[int, int, int, int]:
     """Address, and where the rows of a tensor (..., V) lie that `readable_lines` gave."""
-    if x.dim() == 2:  # as nearly every call's: small ones must be quick
+    if x.dim() == 2:
         return x.data_ptr(), x.stride(0), 0, 0
     found = lines_of(x)
     assert found is not None
     return x.data_ptr(), *found
+
+
+_NO_MATRIX = (0, 0, 0, 0, 0)
 
 
 def rows_fields(rows: Rows, threads: int = 1) -> tuple[Any, ...]:
@@ -106,10 +109,14 @@ def rows_fields(rows: Rows, threads: int = 1) -> tuple[Any, ...]:
     indices, picks, dense = (target.data_ptr(), 1, probs) if objective.indexed else (0, 0, target)
     if target.dim() == 2 and indices:
         picks = target.shape[1]
-    beside = (0, 0, 0, 0, 0) if dense is None else (*lines(dense), DTYPE_CODES[dense.dtype])
+    beside = _NO_MATRIX if dense is None else (*lines(dense), DTYPE_CODES[dense.dtype])
     weights = 0 if weight is None else weight.data_ptr()
-    address, stride, group, outer = lines(input)
-    logits = (address, rows.N, input.shape[-1], stride, group, outer, DTYPE_CODES[input.dtype])
+    if input.dim() == 2:  # as nearly every call's: small ones must be quick
+        N, V = input.shape
+        logits = (input.data_ptr(), N, V, input.stride(0), 0, 0, DTYPE_CODES[input.dtype])
+    else:
+        address, *where = lines(input)
+        logits = (address, rows.N, rows.V, *where, DTYPE_CODES[input.dtype])
     return (*logits, indices, picks, *beside, weights, *spec, threads)
 
 

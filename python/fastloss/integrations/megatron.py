@@ -136,6 +136,5 @@ def _without_padding(logits: Tensor, vocab_size: int | None) -> Tensor:
 
 def _per_token(logits: Tensor, target: Tensor, shard: VocabShard | None, **options: Any) -> Tensor:
     refuse("parallel_cross_entropy", options, "return_stats", "normalizer", "size_average", "reduce")
-    rows, y = logits.reshape(-1, logits.shape[-1]), target.reshape(-1)
-    loss = cross_entropy(rows, y, reduction="none", out_dtype=torch.float32, shard=shard, **options)
-    return loss.view(logits.shape[:-1])
+    y = target.reshape(logits.shape[:-1])
+    return cross_entropy(logits.movedim(-1, 1), y, reduction="none", out_dtype=torch.float32, shard=shard, **options)
