@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from engines import ONE_OF_EACH, on_engine
@@ -292,3 +293,29 @@ def test_the_outermost_function_is_named() -> None:
         fastloss.kl_div_with_logits(x, x, temperature="warm")
     with pytest.raises(ValueError, match=r"^linear_info_nce\(\): token_weight: expected shape \(3,\)"):
         fastloss.linear_info_nce(x[0], x[0], token_weight=y[0, :1])
+
+
+# ---- numbers and weights of other dtypes ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int32, torch.int64, torch.float64], ids=str)
+@pytest.mark.parametrize("name", [n for n, t in ARGUMENTS if t == "token_weight"])
+def test_token_weights_of_any_dtype(name: str, dtype: torch.dtype) -> None:
+    """Masks and counts are weights, in every loss that takes them."""
+    function, make = CALLS[name]
+    arguments = make()
+    counts = (arguments["token_weight"] * 3).floor().to(dtype)
+    found = outputs(function(**{**arguments, "token_weight": counts}))
+    want = outputs(function(**{**arguments, "token_weight": counts.float()}))
+    torch.testing.assert_close(found, want)
+
+
+@pytest.mark.parametrize(
+    "kind", [np.float16, np.float32, np.float64, np.int8, np.uint16, np.int64, np.uint64, np.bool_]
+)
+@pytest.mark.parametrize("name", [n for n, t in ARGUMENTS if t == "normalizer"])
+def test_normalizers_of_numpy(name: str, kind: Any) -> None:
+    function, make = CALLS[name]
+    found = outputs(function(**{**make(), "normalizer": kind(5)}))
+    want = outputs(function(**{**make(), "normalizer": float(kind(5))}))
+    torch.testing.assert_close(found, want, rtol=0, atol=0)
