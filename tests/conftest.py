@@ -9,12 +9,20 @@ import torch
 from engines import ENGINES, ISAS, on_engine
 
 from fastloss.backends import native
+from fastloss.linear import upstream
 
 
 @pytest.fixture(autouse=True)
 def _same_numbers() -> None:
     """Samples that torch's own material draws from the global generator: the same in every run, alone or not."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_expected() -> None:
+    """No loss scale of an earlier test, whose guess would be wrong, and cost products that tests count."""
+    upstream._of_host.clear()
+    upstream._of_device.clear()
 
 
 @pytest.fixture(params=ENGINES)
