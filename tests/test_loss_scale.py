@@ -3,7 +3,7 @@ expected it or the backward makes them again."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any
@@ -35,15 +35,6 @@ pytestmark = [
 ]
 dtypes = pytest.mark.parametrize("dtype", SCALES, ids=str)
 names = pytest.mark.parametrize("name", NAMES)
-
-
-@pytest.fixture(autouse=True)
-def nothing_expected() -> Iterator[None]:
-    upstream._of_host.clear()
-    upstream._of_device.clear()
-    yield
-    upstream._of_host.clear()
-    upstream._of_device.clear()
 
 
 @pytest.fixture
