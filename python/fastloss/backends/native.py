@@ -115,8 +115,8 @@ def rows_fields(rows: Rows, threads: int = 1) -> tuple[Any, ...]:
         N, V = input.shape
         logits = (input.data_ptr(), N, V, input.stride(0), 0, 0, DTYPE_CODES[input.dtype])
     else:
-        address, *where = lines(input)
-        logits = (address, rows.N, rows.V, *where, DTYPE_CODES[input.dtype])
+        address, stride, group, group_stride = lines(input)
+        logits = (address, rows.N, rows.V, stride, group, group_stride, DTYPE_CODES[input.dtype])
     return (*logits, indices, picks, *beside, weights, *spec, threads)
 
 
