@@ -71,7 +71,7 @@ def test_cases(engine, case, generator):
         upstream = case.upstream(N, generator) if never or reduction["reduction"] == "none" else None
         ours = over(case, of_input, of_target)
         assert_as_good_as_torch(ours, case.oracle, x, y, options | reduction, upstream)
-        if engine != "reference":
+        if engine not in ("reference", "triton"):  # Triton's bits depend on how many elements an access may take
             found = value_and_grad(ours, x, upstream, y, **options, **reduction)
             plain = value_and_grad(case.loss(), x, upstream, y, **options, **reduction)
             assert torch.equal(found[0], plain[0]) and torch.equal(found[1], plain[1]), (of_input, of_target)
