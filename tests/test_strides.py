@@ -71,7 +71,7 @@ def test_cases(engine, case, generator):
         upstream = case.upstream(N, generator) if never or reduction["reduction"] == "none" else None
         ours = over(case, of_input, of_target)
         assert_as_good_as_torch(ours, case.oracle, x, y, options | reduction, upstream)
-        if engine != "reference":
+        if engine not in ("reference", "triton"):  # Triton's bits depend on how many elements an access may take
             found = value_and_grad(ours, x, upstream, y, **options, **reduction)
             plain = value_and_grad(case.loss(), x, upstream, y, **options, **reduction)
             assert torch.equal(found[0], plain[0]) and torch.equal(found[1], plain[1]), (of_input, of_target)
@@ -170,7 +170,8 @@ def test_lines():
     assert lines_of(x[:1].expand(4, 6, 10)) == Lines(10, 6, 0)
     assert lines_of(x[..., ::2]) is None and lines_of(x.view(2, 2, 6, 10)[:, :, :5].transpose(0, 1)) is None
     assert lines_of(x.view(2, 2, 6, 10)[:, :, :5]) == Lines(10, 5, 60)
-    assert lines_of(x[:, :0]) is not None and lines_of(x[..., :0]) is not None
+    for nothing in (x[:, :0], x[..., :0], x[:0].movedim(1, -1), x.view(2, 2, 6, 10)[:, :, :0, ::2].transpose(0, 1)):
+        assert lines_of(readable(nothing)) == Lines(nothing.shape[-1])
     assert readable(x[:, :-1]).data_ptr() == x.data_ptr()
     assert not overlap(x[:, :-1]) and not overlap(x.transpose(0, 1)) and overlap(x[:1].expand(4, 6, 10))
     assert overlap(x.flatten().as_strided((4, 6, 10), (55, 10, 1))) and overlap(x.flatten().as_strided((9, 10), (5, 1)))

@@ -352,3 +352,19 @@ def test_interpreted(interpreted):
     """The case table and the numerics in Triton's interpreter: see triton_interpreted.py."""
     output = interpreted.communicate()[0]
     assert interpreted.returncode == 0, output[-6000:]
+
+
+@pytest.mark.parametrize("objective", [Objective.INDEX, Objective.FORWARD_KL, Objective.TOPK], ids=lambda o: o.name)
+def test_rows_at_two_strides_spill_nothing(objective):
+    """The kernels of x[:, :-1], which find each row by a division."""
+    rows, out = make_rows(6, 32000, torch.bfloat16, objective)
+    target = torch.empty(2, 4, 32000, dtype=torch.bfloat16)[:, :-1] if objective.paired else rows.target
+    rows = rows._replace(input=torch.empty(2, 4, 32000, dtype=torch.bfloat16)[:, :-1], target=target)
+    upstream = device.Upstream(1.0)
+
+    def run(kernels):
+        kernels.row_loss_grad(rows, upstream, out["loss"], out["grad"], False)
+        kernels.row_grad(rows, out["stats"], upstream, out["grad"], False)
+
+    for launch in launches(run, "sm_90"):
+        assert resources(compiled(launch, "sm_90")).spilled == 0, launch.kernel

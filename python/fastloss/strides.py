@@ -29,6 +29,8 @@ def lines_of(x: Tensor) -> Lines | None:
     """Of logits (..., V); None where they must be copied: classes that are not contiguous, rows at more than two
     strides."""
     strides = x.stride()
+    if x.numel() == 0:  # contiguous, whatever the strides say
+        return Lines(x.shape[-1])
     if strides[-1] != 1 and x.shape[-1] > 1:
         return None
     if len(strides) == 2:
@@ -44,8 +46,6 @@ def lines_of(x: Tensor) -> Lines | None:
 
 def _merged(sizes: tuple[int, ...], strides: tuple[int, ...]) -> list[tuple[int, int]]:
     """(size, stride) of the fewest dimensions that walk over the same elements in the same order."""
-    if 0 in sizes:
-        return []
     found: list[tuple[int, int]] = []
     for size, stride in zip(sizes, strides, strict=True):
         if size == 1:
