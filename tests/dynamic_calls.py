@@ -147,7 +147,8 @@ def _topk(textbook: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def _selective(input: Tensor, index: Tensor, temperature: float, return_entropy: bool) -> Any:
     many = index if index.dim() == input.dim() else index[..., None]
     log_prob = textbook_log_probs(input, many, temperature).reshape(index.shape)
-    return (log_prob, torch.distributions.Categorical(logits=input / temperature).entropy())
+    entropy = torch.distributions.Categorical(logits=input / temperature).entropy()
+    return log_prob, torch.where((many != -100).any(-1), entropy, 0)  # an ignored row has none
 
 
 def _row_stats(input: Tensor, target: Tensor) -> list[Tensor]:
@@ -155,8 +156,9 @@ def _row_stats(input: Tensor, target: Tensor) -> list[Tensor]:
     lse, logit = input.logsumexp(-1), input.gather(-1, y)
     entropy = torch.distributions.Categorical(logits=input).entropy()
     valid = target != -100
-    found = torch.where(valid, logit[..., 0], lse), torch.where(valid, logit[..., 0] - lse, 0)
-    return [lse, *found, entropy, input.argmax(-1), torch.where(valid, (input > logit).sum(-1), 0)]
+    rank = (input > logit).sum(-1)
+    found = lse, logit[..., 0], logit[..., 0] - lse, entropy, input.argmax(-1), rank
+    return [torch.where(valid, t, 0) for t in found]  # an ignored row has none
 
 
 def _pointer(

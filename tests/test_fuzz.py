@@ -236,7 +236,9 @@ def textbook(x: Tensor, call: Call, our: dict[str, Any]) -> tuple[Tensor, dict[s
     token = our["token_weight"].double().reshape(-1) if our.get("token_weight") is not None else torch.ones_like(count)
     rows = torch.where(valid, (-(smooth * log_p).sum(-1) + our["z_loss"] * lse**2) * token, 0)
     log_prob = (smooth * log_p).sum(-1) if soft else torch.where(valid, (q * log_p).sum(-1), 0)
-    stats = {"lse": lse, "log_prob": log_prob, "entropy": -(log_p.exp() * log_p).sum(-1), "z": z}
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    lse, entropy = (torch.where(valid, t, 0) for t in (lse, entropy))  # an ignored row has none
+    stats = {"lse": lse, "log_prob": log_prob, "entropy": entropy, "z": z}
     if call.options["reduction"] == "none":
         return rows, stats
     mean = torch.where(valid, count * token, 0).sum() if call.options["reduction"] == "mean" else 1.0
@@ -295,7 +297,11 @@ def check_stats(
         want = torch.autograd.grad(stats[name].sum(), oracle, retain_graph=True)[0]
         close(got, want, x.dtype, scale, f"gradient of {name}")
     z, top = stats["z"], ours.argmax.reshape(-1, 1)
-    close(z.gather(-1, top)[:, 0], z.amax(-1), compute, 1 + largest(z), "argmax")  # of equal logits, any
+    counts = torch.ones(len(z), dtype=torch.bool)
+    if not call.target.is_floating_point():
+        counts = (call.target != call.options.get("ignore_index", -100)).reshape(-1)
+        assert not top[~counts].any()
+    close(z.gather(-1, top)[counts, 0], z.amax(-1)[counts], compute, 1 + largest(z), "argmax")  # of equal logits, any
     if not call.target.is_floating_point():
         valid = call.target != call.options.get("ignore_index", -100)
         assert torch.equal(ours.correct, (ours.argmax == call.target) & valid)

@@ -70,7 +70,7 @@ LINEAR_DIVERGENCE = {**DIVERGENCE, "linear_bias": positive(V), "target_linear_bi
 LISTED = {**NUMBERS, **PER_TOKEN, "reduction": "sum", "tail": "lump", "weight": positive(V), "linear_bias": positive(V)}
 NCE = {**NUMBERS, "negatives": numbers(3, H, seed=8), "symmetric": True, "normalize": False}
 NCE |= {"token_weight": positive(N), "reduction": "sum"}
-SELECTED = {**NUMBERS, "return_entropy": True, "linear_bias": positive(V)}
+SELECTED = {**NUMBERS, "return_entropy": True, "linear_bias": positive(V), "row_mask": MASK}
 LM = {**CROSS, **PER_TOKEN, "shift": 2, "attention_mask": MASK, "document_ids": MASK.long(), "lengths": MASK.sum(1)}
 LM |= {"position_ids": MASK.long(), "context": 2, "length_normalised": None}
 LM |= {"linear_weight": numbers(V, V, seed=7), "linear_bias": positive(V)}
@@ -97,8 +97,8 @@ LOSSES: Table = {  # the function, its tensors, values of its keywords, and whos
     "linear_topk_kl_div": (fastloss.linear_topk_kl_div, (HIDDEN, HEAD, INDICES, PROBS), LISTED, "topk_kl_div"),
     "selective_log_softmax": (fastloss.selective_log_softmax, (X, TOKENS), SELECTED, None),
     "linear_selective_log_softmax": (fastloss.linear_selective_log_softmax, (HIDDEN, HEAD, TOKENS), SELECTED, None),
-    "softmax_entropy": (fastloss.softmax_entropy, (X,), NUMBERS, None),
-    "row_stats": (fastloss.row_stats, (X, TOKENS), NUMBERS, None),
+    "softmax_entropy": (fastloss.softmax_entropy, (X,), {**NUMBERS, "row_mask": MASK}, None),
+    "row_stats": (fastloss.row_stats, (X, TOKENS), {**NUMBERS, "row_mask": MASK}, None),
     "pointer_generator_nll": (
         fastloss.pointer_generator_nll,
         (X, numbers(B, T, seed=6), numbers(B, T, 4).softmax(-1), TOKENS[:, :4], TOKENS),

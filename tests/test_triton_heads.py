@@ -137,7 +137,7 @@ def launches_of(target: str, dtype: torch.dtype, extras: bool, **options: Any) -
     made = Head(torch.randn(130, H).to(dtype), torch.randn(V, H).to(dtype), torch.randn(V).to(dtype))
     rows = Rows(stand_in(made), torch.zeros(130, dtype=torch.int64), None, make_spec(**options))
     index = torch.zeros(130, dtype=torch.int64)
-    out = torch.empty(130), torch.empty(5, 130), index if extras else None, None if extras else index
+    out = torch.empty(130), torch.empty(5, 130), index if extras else None, index
     found = launches(lambda kernels: kernels.head_stats(rows, *made, *out), target)
     return [launch for launch in found if launch.kernel.__name__ == "head_states"]
 

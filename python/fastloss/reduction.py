@@ -53,5 +53,5 @@ def mean_denominator(loss: Tensor, rows: Rows, to: Reduction, target_weight: Ten
     if target_weight is not None:
         counts = counts * target_weight
     elif rows.weight is not None and rows.spec.objective == Objective.INDEX:
-        counts = counts * rows.weight.to(loss.dtype)[torch.where(valid, rows.target, 0)]
+        counts = counts * rows.weight.to(loss.dtype).index_select(0, torch.where(valid, rows.target, 0))
     return torch.where(valid, counts, 0).sum()

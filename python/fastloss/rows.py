@@ -230,7 +230,8 @@ class Selected(torch.autograd.Function):
 
 def selected_log_probs(z: Tensor, rows: Rows, stats: Tensor) -> Tensor:
     """Of the listed classes, (N, K), from their transformed logits; 0 where ignored."""
-    log_prob = ((z - stats[0][:, None]) - stats[1][:, None]).clamp(max=0)  # no probability above one by rounding
+    centre, log_sum = stats.unsqueeze(-1).unbind()[:2]
+    log_prob = ((z - centre) - log_sum).clamp(max=0)  # no probability above one by rounding
     return torch.where(rows.target != rows.spec.ignore_index, log_prob, 0)
 
 
