@@ -21,8 +21,8 @@ def shape(num_warps: int, num_stages: int, **constants: int) -> triton.Config:
 
 
 def in_registers(configs: list[triton.Config], meta: dict[str, int]) -> list[triton.Config]:
-    """Those of at most 64 accumulators a thread, half as many where a loss needs registers of its own."""
-    most = 32 * (32 if meta["GENERAL"] else 64)
+    """Those of at most 64 accumulators a thread, half as many where a loss or its statistics need registers."""
+    most = 32 * (32 if meta["GENERAL"] or meta.get("EXTRAS") else 64)
     return [c for c in configs if c.kwargs["ROWS"] * c.kwargs["COLUMNS"] <= most * c.num_warps]
 
 
