@@ -29,22 +29,33 @@ _NUMBERS |= {"scale", "softcap", "temperature", "z_loss", "byte_count"}
 
 def public(function: _F) -> _F:
     """A function that users call; DTensors are left to what it calls."""
-    return _around(function, function)
+    return _around(function, _of_arrived(function))
 
 
 def public_loss(function: _F) -> _F:
     """A loss that users call. Where DTensors shard the classes it is computed as with `shard`; it returns DTensors, and
     so are the gradients."""
+    of_arrived = _of_arrived(function)
 
     def with_subclasses(*args: Any, **kwargs: Any) -> Any:
         if "torch.distributed.tensor" in sys.modules:  # else there are none
             from torch.distributed.tensor import DTensor
 
             if any(isinstance(t, DTensor) for t in (*args, *kwargs.values())):
-                return on_shards(function, inspect.signature(function).bind(*args, **kwargs))
-        return function(*args, **kwargs)
+                return on_shards(of_arrived, inspect.signature(function).bind(*args, **kwargs))
+        return of_arrived(*args, **kwargs)
 
     return _around(function, with_subclasses)
+
+
+def _of_arrived(function: _F) -> _F:
+    """The function of tensors that have arrived, also where a DTensor's redistribution is under way."""
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return function(*map(_waited, args), **{name: _waited(value) for name, value in kwargs.items()})
+
+    return call  # type: ignore[return-value]
 
 
 def _around(function: _F, with_subclasses: Callable[..., Any]) -> _F:
@@ -90,9 +101,7 @@ def _called(function: _F, with_subclasses: Callable[..., Any], values: Any, args
             device = value.device
         elif value.device != device:
             _check_devices(inspect.signature(function).bind(*args, **kwargs))
-    if run is function:
-        return function(*args, **kwargs)
-    return run(*map(_waited, args), **{name: _waited(value) for name, value in kwargs.items()})
+    return run(*args, **kwargs)
 
 
 def _check_devices(bound: inspect.BoundArguments) -> None:
