@@ -222,7 +222,7 @@ def test_no_copy(engine, loss):
     for view in TWO_STRIDES:
         x, u = (VIEWS[view](torch.rand(N, 3000)) for _ in range(2))
         x = x.detach().requires_grad_()
-        with on_engine(engine), torch.profiler.profile(profile_memory=True) as profile:
+        with on_engine(engine), torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
             torch.autograd.grad(LOSSES[loss](x, u), x)
         large = [e.name for e in profile.events() for _ in range(e.self_cpu_memory_usage // (x.numel() * 4))]
         assert large == ["aten::empty"], (view, large)

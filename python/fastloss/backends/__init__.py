@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..spec import Objective, Rows, Spec
 from . import cuda, device, native, products, reference, triton
+from .device import Passing
 
 
 class Backend(NamedTuple):
@@ -113,21 +114,22 @@ def use_backend(name: str) -> Iterator[None]:
 
 def choose(rows: Rows) -> Backend:
     """The first backend that does not refuse rows like these."""
-    request = rows.input.device, rows.input.dtype, rows.target.dtype, rows.spec.objective
+    return choose_for(rows.input.device, rows.input.dtype, rows.target.dtype, rows.spec.objective)
+
+
+def choose_for(device: torch.device, dtype: torch.dtype, target_dtype: torch.dtype, objective: Objective) -> Backend:
+    """The first backend that does not refuse such logits and target."""
+    # By the number: torch.compile before 2.12 hashes no Objective.
+    request = device, dtype, target_dtype, objective._value_
     return _chosen.get(request) or _choose(*request)
 
 
-def choose_for(*request: Any) -> Backend:
-    """The first backend that does not refuse (device, logits' dtype, target's dtype, objective)."""
-    return _chosen.get(request) or _choose(*request)
-
-
-def _choose(*request: Any) -> Backend:
-    reasons = refusals(*request)
+def _choose(device: torch.device, dtype: torch.dtype, target_dtype: torch.dtype, number: int) -> Backend:
+    reasons = refusals(device, dtype, target_dtype, Objective(number))
     for backend in BACKENDS:
         if reasons[backend.name] is None:
-            if not any(isinstance(reason, device.Passing) for reason in reasons.values()):
-                _chosen[request] = backend
+            if not any(isinstance(reason, Passing) for reason in reasons.values()):
+                _chosen[device, dtype, target_dtype, number] = backend
             return backend
     table = "\n".join(f"  {name}: {reason}" for name, reason in reasons.items())
     raise NotImplementedError(f"no backend runs this call:\n{table}")
