@@ -25,13 +25,23 @@ def times(weight, value):
 
 
 @triton.jit
+def number(x, F: tl.constexpr):
+    """A float argument, which comes in double, in the compute dtype. So must literals of tl.fma, which Triton before
+    3.9 takes for float32."""
+    return tl.full((), x, F)
+
+
+@triton.jit
 def tanh(x):
     """Cephes' rational function near zero, where the formula for the rest would cancel; one division for both."""
     a = tl.abs(x)
     s = x * x
     near = a < 0.625
-    p = tl.fma(tl.fma(s, -9.64399179425052238628e-1, -9.92877231001918586564e1), s, -1.61468768441708447952e3)
-    q = tl.fma(tl.fma(s + 1.12811678491632931402e2, s, 2.23548839060100448583e3), s, 4.84406305325125486048e3)
+    F: tl.constexpr = x.dtype
+    p = tl.fma(s, number(-9.64399179425052238628e-1, F), number(-9.92877231001918586564e1, F))
+    p = tl.fma(p, s, number(-1.61468768441708447952e3, F))
+    q = tl.fma(s + 1.12811678491632931402e2, s, number(2.23548839060100448583e3, F))
+    q = tl.fma(q, s, number(4.84406305325125486048e3, F))
     e = exp(-2 * a)
     y = tl.where(near, a, 1.0) + tl.where(near, a * s * p, -2 * e) / tl.where(near, q, 1 + e)
     return tl.where(x < 0, -y, y)
@@ -102,9 +112,9 @@ def excess(f):
     if f.dtype == tl.float64:
         s = f / (f + 2)
         square = s * s
-        p = tl.fma(square, 1 / 23, 1 / 21)
+        p = tl.fma(square, number(1 / 23, f.dtype), number(1 / 21, f.dtype))
         for i in tl.static_range(19, 1, -2):
-            p = tl.fma(p, square, 1 / i)
+            p = tl.fma(p, square, number(1 / i, f.dtype))
         y = s * tl.fma(-2 * square, p, f)
     else:
         p = tl.fma(f, 7.0376836292e-2, -1.1514610310e-1)

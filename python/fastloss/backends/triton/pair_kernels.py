@@ -149,7 +149,7 @@ def pair_finish(
 def probabilities(z, unit, stats, i, N):
     """(exponents, probabilities) about a row's centre and log-sum, which stand at stats[i] and stats[i + N]."""
     a = tl.fma(z, unit, -finite(tl.load(stats + i)))
-    return a, tl.exp2(tl.fma(a, LOG2E, -tl.load(stats + i + N) * LOG2E))
+    return a, tl.exp2(tl.fma(a, number(LOG2E, a.dtype), -tl.load(stats + i + N) * LOG2E))
 
 
 @kernel

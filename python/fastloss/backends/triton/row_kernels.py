@@ -9,7 +9,7 @@ which Triton would otherwise have to be told by the values themselves: as many e
 import triton
 import triton.language as tl
 
-from .loss import coefficients, epilogue, finalize, slope, smoothed, squashed, times, unit_of
+from .loss import coefficients, epilogue, finalize, number, slope, smoothed, squashed, times, unit_of
 from .state import LOG2E, merge
 
 NOTHING = tl.constexpr(float("-inf"))  # a logit that is not there
@@ -50,12 +50,6 @@ def kernel(fn):
     """A Triton kernel of which one binary serves all numbers."""
     names = fn.__code__.co_varnames[: fn.__code__.co_argcount]
     return triton.jit(fn, do_not_specialize=[name for name in names if name in _NUMBERS])
-
-
-@triton.jit
-def number(x, F: tl.constexpr):
-    """A float argument, which comes in double, in the compute dtype."""
-    return tl.full((), x, F)
 
 
 @triton.jit
@@ -313,7 +307,7 @@ def spread(
     for start in range(first, last, BLOCK):
         z = logits(x + start, columns, V - start, cap, scale, F, GENERAL)
         r = tl.fma(z, unit, -centre)
-        p = tl.exp2(tl.fma(r, LOG2E, -log_sum * LOG2E))
+        p = tl.exp2(tl.fma(r, number(LOG2E, F), -log_sum * LOG2E))
         dx = A * p
         if GENERAL:
             w = weights(weight, probs, start + columns, V, classes, eps, F)
