@@ -65,9 +65,9 @@ def _around(function: _F, with_subclasses: Callable[..., Any]) -> _F:
         if has_torch_function(values):
             return _overridden(call, values, args, kwargs)
         if _is_compiling():  # errors are the tracer's to report
-            return _called(function, with_subclasses, values, args, kwargs)
+            return _by_kind(function, with_subclasses, values, args, kwargs)(*args, **kwargs)
         try:
-            return _called(function, with_subclasses, values, args, kwargs)
+            return _by_kind(function, with_subclasses, values, args, kwargs)(*args, **kwargs)
         except _ERRORS as error:
             _put_name(function.__qualname__, error)
             raise
@@ -90,18 +90,21 @@ def _overrides(kind: type[Tensor]) -> bool:
     return getattr(kind.__torch_function__, "__func__", None) is not Tensor.__torch_function__.__func__  # type: ignore[attr-defined]
 
 
-def _called(function: _F, with_subclasses: Callable[..., Any], values: Any, args: Any, kwargs: Any) -> Any:
+def _by_kind(
+    function: Callable[..., Any], with_subclasses: Callable[..., Any], values: Any, args: Any, kwargs: Any
+) -> Callable[..., Any]:
+    """Which of the two takes these tensors; none where they are on different devices."""
     device, run = None, function
     for value in values:
         if type(value) not in _PLAIN:
             if not isinstance(value, Tensor):
                 continue
-            run = with_subclasses  # type: ignore[assignment]
+            run = with_subclasses
         if device is None:
             device = value.device
         elif value.device != device:
             _check_devices(inspect.signature(function).bind(*args, **kwargs))
-    return run(*args, **kwargs)
+    return run
 
 
 def _check_devices(bound: inspect.BoundArguments) -> None:

@@ -90,7 +90,10 @@ def eager(*tensors: Tensor | None) -> bool:
     which costs more than the rest of a small call. A wrapper subclass has no address, and is the dispatcher's."""
     if _is_compiling() or _mode_depth():
         return False
-    return all(t is None or type(t) in _PLAIN_TYPES for t in tensors)
+    for t in tensors:  # no generator: a small call asks this twice  # noqa: SIM110
+        if t is not None and type(t) not in _PLAIN_TYPES:
+            return False
+    return True
 
 
 class RowLoss(NamedTuple):

@@ -14,9 +14,12 @@ def save(ctx: Any, *tensors: Tensor | None) -> None:
     """As ctx.save_for_backward. Tensors made under inference_mode, a teacher's logits say, it refuses: they can need no
     gradient, and are held without it and without a copy."""
     ctx.held = None
-    if not _is_compiling() and any(t is not None and t.is_inference() for t in tensors):
-        ctx.held = [t if t is not None and t.is_inference() else None for t in tensors]
-        tensors = tuple(None if held is not None else t for held, t in zip(ctx.held, tensors, strict=True))
+    if not _is_compiling():
+        for t in tensors:
+            if t is not None and t.is_inference():
+                ctx.held = [t if t is not None and t.is_inference() else None for t in tensors]
+                tensors = tuple(None if held is not None else t for held, t in zip(ctx.held, tensors, strict=True))
+                break
     ctx.save_for_backward(*tensors)
 
 
