@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from typing import Any
 from unittest.mock import patch
 
@@ -357,6 +358,53 @@ def test_sequence_parallelism(two):
     for *found, counts in two.run(of_a_sequence):
         torch.testing.assert_close(found, [want.detach(), hidden.grad, head.grad])
         assert len(counts) == 1 and "reduce_scatter" in next(iter(counts)), counts
+
+
+def of_uneven_rows() -> list[Any]:
+    """Three rows of two ranks, without a vocabulary's group."""
+    mesh = init_device_mesh("cpu", (2,))
+    x, y = (distribute_tensor(t[:3], mesh, [Shard(0)]) for t in (numbers(N, V), classes()))
+    found = fastloss.cross_entropy(x, y, reduction="none"), fastloss.softmax_entropy(x), fastloss.row_stats(x).lse
+    return [t.full_tensor() for t in found]
+
+
+def test_uneven_rows(two):
+    """The results know how many rows there are, and functions without a reduction take sharded rows."""
+    x = numbers(N, V)[:3]
+    log_p = x.log_softmax(-1)
+    want = [F.cross_entropy(x, classes()[:3], reduction="none"), -(log_p.exp() * log_p).sum(-1), x.logsumexp(-1)]
+    for found in two.run(of_uneven_rows):
+        torch.testing.assert_close(found, want)
+
+
+def of_fake_tensors() -> list[Any]:
+    """Each loss once with fake tensors, and then with real ones: nothing fake may be remembered."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    shard = VocabShard.even(V)
+    losses = (
+        lambda x, h, w, y: fastloss.cross_entropy(x, y, shard=shard),
+        lambda x, h, w, y: fastloss.cross_entropy(x, y, reduction="none", shard=shard).sum(),
+        lambda x, h, w, y: fastloss.row_stats(x, y, shard=shard).entropy.sum(),
+        lambda x, h, w, y: fastloss.linear_cross_entropy(h, w, y, shard=shard),
+        lambda x, h, w, y: fastloss.linear_selective_log_softmax(h, w, y, row_mask=y >= 0, shard=shard).sum(),
+    )
+    shapes = []
+    for loss in losses:
+        for mode in (FakeTensorMode(), nullcontext()):
+            with mode:
+                sizes = (N, shard.part.size), (N, H), (shard.part.size, H)
+                tensors = [torch.ones(size).requires_grad_() for size in sizes]
+                found = loss(*tensors, torch.zeros(N, dtype=torch.int64))
+                found.backward()
+                shapes.append([found.shape, *(None if t.grad is None else t.grad.shape for t in tensors)])
+    return shapes
+
+
+def test_fake_tensors(two):
+    """Shapes of the results and gradients, as of real tensors."""
+    for shapes in two.run(of_fake_tensors):
+        assert shapes[::2] == shapes[1::2]
 
 
 def on_a_mesh() -> list[Tensor]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .shard import VocabShard
@@ -31,7 +33,8 @@ def on_shards(function: Callable[..., Any], bound: inspect.BoundArguments) -> An
     if axes and given.get("shard") is not None:
         raise ValueError("shard: expected None with DTensors whose placements shard the classes")
     rows = [None if a in axes or not isinstance(p, Shard) else p.dim for a, p in enumerate(input.placements)]
-    _check_reduction(given, rows)
+    if "reduction" in bound.signature.parameters or "options" in bound.signature.parameters:
+        _check_reduction(given, rows)
     scattered = [a for a in axes if source != "input" and isinstance(input.placements[a], Shard)]
     if shard is not None and scattered:  # the ranks of the vocabulary share the rows too: sequence parallelism
         shard = replace(shard, sum_hidden=False)
@@ -45,7 +48,8 @@ def on_shards(function: Callable[..., Any], bound: inspect.BoundArguments) -> An
         local["shard"] = shard
     second = source == "input" and dims["input"] == 1
     result = function(**{**given, **local})
-    return _wrapped(result, mesh, [None if d is None else d - (d > 1 and second) for d in rows])
+    at = [None if d is None else d - (d > 1 and second) for d in rows]
+    return _wrapped(result, mesh, at, {a: input.shape[d] for a, d in zip(at, rows, strict=True) if d is not None})
 
 
 _HEAD_ALONE = """linear_weight: got a DTensor beside a plain input. Of an LM head that tensor parallelism shards, \
@@ -91,7 +95,7 @@ def _class_dims(name: str, given: dict[str, Any]) -> dict[str, int]:
 
 def _check_reduction(given: dict[str, Any], rows: list[int | None]) -> None:
     mean = given.get("reduction", "mean") in ("mean", "batchmean") and given.get("normalizer") is None
-    if mean and any(d is not None for d in rows) and "index" not in given:
+    if mean and any(d is not None for d in rows):
         raise NotImplementedError(
             "reduction: expected 'sum' or 'none', or a normalizer, of rows that are sharded over a mesh dimension, got "
             "'mean'"
@@ -116,14 +120,17 @@ def _local(value: Tensor, dim: int | None, axes: list[int], shard: VocabShard | 
     return value.to_local(grad_placements=grads)
 
 
-def _wrapped(result: Any, mesh: Any, rows: list[int | None]) -> Any:
-    """DTensors of what a loss returns."""
+def _wrapped(result: Any, mesh: Any, rows: list[int | None], sizes: dict[int | None, int]) -> Any:
+    """DTensors of what a loss returns. `sizes` of the sharded dimensions are said: ranks that share rows unevenly
+    would each take a multiple of its own."""
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
     if isinstance(result, tuple):
-        parts = [_wrapped(t, mesh, rows) for t in result]
+        parts = [_wrapped(t, mesh, rows, sizes) for t in result]
         return type(result)(*parts) if hasattr(result, "_fields") else tuple(parts)
     if not isinstance(result, Tensor):
         return result
     placements: list[Any] = [Replicate() if d is None else Shard(d) if result.dim() else Partial() for d in rows]
-    return DTensor.from_local(result, mesh, placements, run_check=False)
+    shape = torch.Size(sizes.get(i, size) for i, size in enumerate(result.shape))
+    stride = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+    return DTensor.from_local(result, mesh, placements, run_check=False, shape=shape, stride=stride)

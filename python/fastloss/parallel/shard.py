@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ..spec import Rows
 from .groups import check_group, rank_and_size, resolved
@@ -96,6 +97,8 @@ def gather(fields: Fields, rows: Rows, shard: VocabShard, asked: tuple[bool, ...
     packed = torch.stack(list(fields.values()))
     if shard.ranks == 1:
         everyone = packed[None]
+    elif isinstance(packed, FakeTensor):  # there are no numbers to send, and no headers to compare
+        everyone = packed.new_empty(shard.ranks, *packed.shape)
     elif torch.compiler.is_compiling():
         from torch.distributed import _functional_collectives as functional
 
