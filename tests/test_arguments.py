@@ -319,3 +319,49 @@ def test_normalizers_of_numpy(name: str, kind: Any) -> None:
     found = outputs(function(**{**make(), "normalizer": kind(5)}))
     want = outputs(function(**{**make(), "normalizer": float(kind(5))}))
     torch.testing.assert_close(found, want, rtol=0, atol=0)
+
+
+def test_complex_numbers_are_refused() -> None:
+    x, y, q = torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64), torch.full((2, 3), 1 / 3)
+    with pytest.raises(
+        RuntimeError, match=r"^cross_entropy\(\): normalizer: expected a real number, got torch.complex"
+    ):
+        fastloss.cross_entropy(x, y, reduction="sum", normalizer=torch.tensor(3 + 4j))
+    with pytest.raises(RuntimeError, match="weight: expected real numbers"):
+        fastloss.cross_entropy(x, q, torch.ones(3, dtype=torch.complex64))
+    with pytest.raises(RuntimeError, match="negatives: expected floating point numbers"):
+        fastloss.info_nce(x, x, negatives=x + 0j)
+
+
+@pytest.mark.parametrize("loss", [fastloss.info_nce, fastloss.linear_info_nce])
+def test_pairs_that_are_none(loss: Callable[..., Tensor]) -> None:
+    x = torch.zeros(2, 3)
+    for arguments, name in (((None, x), "query"), ((x, None), "key"), ((x, [1.0]), "key")):
+        with pytest.raises(TypeError, match=f"{name}: expected a Tensor"):
+            loss(*arguments)
+    for temperature in ("warm", [1.0], None):
+        with pytest.raises(TypeError, match="temperature: expected a real number"):
+            loss(x, x, temperature=temperature)
+
+
+@pytest.mark.parametrize("engine", ONE_OF_EACH)
+def test_no_class_is_listed(engine: str) -> None:
+    """K = 0: a row of nothing, as torch's gather has it, with a gradient of zero."""
+    x, w = torch.randn(3, 5), torch.randn(7, 5)
+    none = torch.zeros(3, 0, dtype=torch.int64)
+    with on_engine(engine):
+        for loss, given in (
+            (fastloss.selective_log_softmax, (x,)),
+            (fastloss.linear_selective_log_softmax, (x, w)),
+        ):
+            assert loss(*given, none).shape == (3, 0)
+        for loss, given in (
+            (fastloss.topk_cross_entropy, (x,)),
+            (fastloss.topk_kl_div, (x,)),
+            (fastloss.linear_topk_cross_entropy, (x, w)),
+            (fastloss.linear_topk_kl_div, (x, w)),
+        ):
+            leaf = x.clone().requires_grad_()
+            value = loss(leaf, *given[1:], none, none.float(), reduction="sum")
+            (grad,) = torch.autograd.grad(value, leaf)
+            assert value == 0 and not grad.any()

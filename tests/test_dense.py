@@ -220,3 +220,14 @@ def test_kl_div_modules(generator):
         # Targets below zero are among the samples: NaN on both sides.
         torch.testing.assert_close(*(module(*given.args, **given.kwargs) for module in modules), equal_nan=True)
         assert repr(modules[0]) == repr(modules[1])
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("name", ["l1_loss", "mse_loss"])
+def test_weights_are_there_when_compiled(name, reduction):
+    """torch.compile forgets that of torch's own l1_loss."""
+    x, y, w = torch.randn(6, 11, requires_grad=True), torch.randn(6, 11), torch.rand(6, 11)
+    loss = getattr(fastloss, name)
+    found = torch.compile(loss, backend="aot_eager", fullgraph=True)(x, y, weight=w, reduction=reduction)
+    want = loss(x.detach().double().requires_grad_(), y.double(), weight=w.double(), reduction=reduction)
+    torch.testing.assert_close(found.double(), want)

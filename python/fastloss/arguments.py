@@ -103,6 +103,8 @@ def as_class_weights(weight: Tensor, input: Tensor, target: Tensor, classes: int
             f"weight tensor should be defined either for all {classes} classes or no classes but got weight tensor of "
             f"shape: {list(weight.shape)}"
         )
+    if weight.is_complex():
+        raise RuntimeError(f"weight: expected real numbers, got {weight.dtype}")
     if not soft and weight.dtype != input.dtype and not _under_autocast(input):
         raise RuntimeError(f"weight: expected scalar type of input, {input.dtype}, but found {weight.dtype}")
     if weight.dim() == 1:
@@ -143,6 +145,8 @@ def as_normalizer(normalizer: Tensor | float, like: Tensor, reduction: str) -> T
     if isinstance(normalizer, Tensor):
         if normalizer.numel() != 1:
             raise ValueError(f"normalizer: expected a number or a tensor of one element, got {tuple(normalizer.shape)}")
+        if normalizer.is_complex() or normalizer.layout is not torch.strided:
+            raise RuntimeError(f"normalizer: expected a real number, got {normalizer.dtype} {normalizer.layout}")
         return savable(normalizer).reshape(()).to(device=like.device, dtype=dtype, non_blocking=True)
     if not isinstance(normalizer, NUMBERS):
         raise TypeError(f"normalizer: expected a number or a Tensor, got {type(normalizer).__name__}")

@@ -12,6 +12,7 @@ from .parallel import VocabShard
 from .parallel.batch import all_rows
 from .public import public
 from .saved import savable
+from .spec import NUMBERS
 
 
 @public
@@ -141,15 +142,24 @@ def _pairs(
 ) -> tuple[Tensor, Tensor, Tensor | None, float]:
     """Checked, of length one if asked for, and what the similarities must be multiplied by (a tensor not yet)."""
     for name, x in (("query", query), ("key", key), ("negatives", negatives)):
-        if x is not None and (not isinstance(x, Tensor) or x.dim() != 2 or x.shape[1] != query.shape[1]):
-            got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"{name}: expected a Tensor of shape (N, D) like query, got {got}")
+        if x is None and name == "negatives":
+            continue
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: expected a Tensor, got {type(x).__name__}")
+        if not x.is_floating_point():
+            raise RuntimeError(f"{name}: expected floating point numbers, got {x.dtype}")
+        if x.dim() != 2 or x.shape[1] != query.shape[1]:
+            raise ValueError(f"{name}: expected shape (N, D) like query, got {tuple(x.shape)}")
     if key.shape != query.shape:
         raise ValueError(f"key: expected query's shape {tuple(query.shape)}, got {tuple(key.shape)}")
     if shard is not None and negatives is not None:
         raise ValueError("negatives: expected None with shard, whose keys are those of all ranks")
     if shard is not None and not shard.sum_hidden:
         raise ValueError("sum_hidden: expected True with a shard of the batch, whose queries get all keys' gradient")
+    if not isinstance(temperature, (Tensor, *NUMBERS)) or (
+        isinstance(temperature, Tensor) and temperature.is_complex()
+    ):
+        raise TypeError(f"temperature: expected a real number or a Tensor, got {type(temperature).__name__}")
     if isinstance(temperature, Tensor) and temperature.numel() != 1:
         raise ValueError(f"temperature: expected a number or a tensor of one element, got {tuple(temperature.shape)}")
     if symmetric and negatives is not None:

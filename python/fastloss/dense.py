@@ -110,7 +110,13 @@ def _elementwise(
         for name, x in (("input", input), ("target", target)):
             if x.layout in _SPARSE:
                 raise ValueError(f"{name}: expected a dense tensor without a sparse weight, got {x.layout}")
-        return dense(input, target, size_average, reduce, reduction, weight)
+        if weight is None or not torch.compiler.is_compiling():
+            return dense(input, target, size_average, reduce, reduction, weight)
+        # torch.compile forgets the weight of torch's own l1_loss (torch 2.13).
+        weighted = of_difference(input - target) * weight
+        if reduction not in ("none", "mean", "sum"):
+            raise ValueError(f"reduction: expected 'none', 'mean' or 'sum', got {reduction!r}")
+        return weighted if reduction == "none" else weighted.sum() / (weight.sum() if reduction == "mean" else 1)
     if size_average is not None or reduce is not None:
         reduction = _legacy.legacy_get_string(size_average, reduce)
     if reduction not in ("none", "mean", "sum"):

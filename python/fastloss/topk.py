@@ -16,6 +16,7 @@ from .parallel import VocabShard
 from .public import public_loss
 from .reduction import reduce_rows
 from .spec import Objective, Reduction, Rows, make_spec
+from .strides import count_rows
 
 _TAILS = {"ignore": Objective.TOPK, "lump": Objective.TOPK_TAIL}
 
@@ -136,8 +137,8 @@ def topk_rows(
     x = arguments.classes_last(input)
     K = indices.shape[-1] if isinstance(indices, Tensor) and indices.dim() else 0
     shape = (*input.shape[:-1], K)
-    y = arguments.beside(indices, "indices", input, torch.Size(shape), integral=True).reshape(-1, K)
-    q = arguments.beside(probs, "probs", input, torch.Size(shape)).reshape(-1, K)
+    y = arguments.beside(indices, "indices", input, torch.Size(shape), integral=True).reshape(count_rows(x), K)
+    q = arguments.beside(probs, "probs", input, torch.Size(shape)).reshape(count_rows(x), K)
     if weight is not None:
         weight = arguments.beside(weight, "weight", input, x.shape[-1:])
     return Rows(x, y, weight, make_spec(ignore_index, *numbers, _TAILS[tail]), q)

@@ -107,7 +107,7 @@ def rows_fields(rows: Rows, threads: int = 1) -> tuple[Any, ...]:
     input, target, weight, spec, probs = rows
     objective = spec.objective
     indices, picks, dense = (target.data_ptr(), 1, probs) if objective.indexed else (0, 0, target)
-    if target.dim() == 2 and indices:
+    if objective.indexed and target.dim() == 2:  # of no classes, there is no address
         picks = target.shape[1]
     beside = _NO_MATRIX if dense is None else (*lines(dense), DTYPE_CODES[dense.dtype])
     weights = 0 if weight is None else weight.data_ptr()

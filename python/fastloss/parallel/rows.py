@@ -240,7 +240,9 @@ def row_loss(found: Outcome, rows: Rows) -> RowLoss:
 
 def log_probs(found: Outcome, rows: Rows) -> Tensor:
     """Of the classes listed, (N, K); 0 where ignored."""
-    assert found.picked is not None and found.centre is not None and found.log_sum is not None
+    assert found.centre is not None and found.log_sum is not None
+    if found.picked is None:  # no class is listed
+        return found.loss.new_zeros(rows.target.shape)
     valid = rows.target != rows.spec.ignore_index
     log_prob = ((found.picked - found.centre[:, None]) - found.log_sum[:, None]).clamp(max=0)
     return torch.where(valid if valid.dim() == 2 else valid[:, None], log_prob, 0)
