@@ -231,3 +231,12 @@ def test_weights_are_there_when_compiled(name, reduction):
     found = torch.compile(loss, backend="aot_eager", fullgraph=True)(x, y, weight=w, reduction=reduction)
     want = loss(x.detach().double().requires_grad_(), y.double(), weight=w.double(), reduction=reduction)
     torch.testing.assert_close(found.double(), want)
+
+
+def test_deprecated_reductions_when_compiled():
+    """They were not obeyed beside a weight."""
+    x, y, w = torch.randn(6, 11), torch.randn(6, 11), torch.rand(6, 11)
+    loss = torch.compile(lambda *a: fastloss.l1_loss(*a, size_average=False, weight=w), backend="aot_eager")
+    with pytest.warns(UserWarning, match="size_average and reduce"):
+        found = loss(x, y)
+    torch.testing.assert_close(found, ((x - y).abs() * w).sum())

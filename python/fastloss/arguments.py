@@ -12,11 +12,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from .saved import savable
-from .spec import COMPUTE_DTYPE, NUMBERS, Reduction, Spec, constant
+from .spec import COMPUTE_DTYPE, NUMBERS, PLAIN_TYPES, Reduction, Spec, constant
 from .strides import count_rows, overlap
 
 _INDEX_DTYPES = (torch.int64, torch.int32, torch.uint8)
-_PLAIN = (Tensor, torch.nn.Parameter)
 # Asked at import, for torch.compile could not trace the question before torch 2.12.
 _KNOWN_DEVICES = frozenset(("cpu", "cuda", "hpu", "maia", "meta", "mps", "mtia", "xla", "xpu"))
 _AUTOCAST_DEVICES = frozenset(d for d in _KNOWN_DEVICES if torch.amp.is_autocast_available(d))
@@ -193,7 +192,7 @@ def check_linear(input: Tensor, weight: Tensor, bias: Tensor | None, prefix: str
                 f"{prefix}{name}: expected a strided tensor in float32, bfloat16, float16 or float64, got "
                 f"{value.dtype} {value.layout}"
             )
-        if type(value) in _PLAIN and not torch.compiler.is_compiling() and _is_freed(value):
+        if type(value) in PLAIN_TYPES and not torch.compiler.is_compiling() and _is_freed(value):
             raise RuntimeError(
                 f"{prefix}{name}: expected its numbers, got a tensor whose memory was freed, as FSDP frees a weight "
                 "that it has sharded again: compute the loss in the forward of the module that it belongs to, or after "

@@ -156,20 +156,25 @@ def _pairs(
         raise ValueError("negatives: expected None with shard, whose keys are those of all ranks")
     if shard is not None and not shard.sum_hidden:
         raise ValueError("sum_hidden: expected True with a shard of the batch, whose queries get all keys' gradient")
-    if not isinstance(temperature, (Tensor, *NUMBERS)) or (
-        isinstance(temperature, Tensor) and temperature.is_complex()
-    ):
-        raise TypeError(f"temperature: expected a real number or a Tensor, got {type(temperature).__name__}")
-    if isinstance(temperature, Tensor) and temperature.numel() != 1:
-        raise ValueError(f"temperature: expected a number or a tensor of one element, got {tuple(temperature.shape)}")
+    _check_temperature(temperature)
     if symmetric and negatives is not None:
         raise ValueError("negatives: expected None with symmetric=True, whose keys are queries too")
-    if not isinstance(temperature, Tensor) and not temperature > 0:
-        raise ValueError(f"temperature: expected a number > 0, got {temperature}")
     if normalize:
         query, key = F.normalize(query, dim=-1), F.normalize(key, dim=-1)
         negatives = None if negatives is None else F.normalize(negatives, dim=-1)
     return query, key, negatives, 1.0 if isinstance(temperature, Tensor) else 1.0 / temperature
+
+
+def _check_temperature(temperature: Tensor | float) -> None:
+    if not isinstance(temperature, (Tensor, *NUMBERS)):
+        raise TypeError(f"temperature: expected a real number or a Tensor, got {type(temperature).__name__}")
+    if not isinstance(temperature, Tensor):
+        if not temperature > 0:
+            raise ValueError(f"temperature: expected a number > 0, got {temperature}")
+    elif temperature.is_complex():
+        raise TypeError(f"temperature: expected a real number, got {temperature.dtype}")
+    elif temperature.numel() != 1:
+        raise ValueError(f"temperature: expected a number or a tensor of one element, got {tuple(temperature.shape)}")
 
 
 def _of_batch(query: Tensor, token_weight: Tensor | None, shard: VocabShard | None) -> tuple[Tensor, Tensor | None]:

@@ -106,28 +106,30 @@ def _elementwise(
     reduction: str,
     weight: Tensor | None,
 ) -> Tensor:
-    if weight is None or weight.layout not in _SPARSE:
+    sparse = weight is not None and weight.layout in _SPARSE
+    if not sparse:
         for name, x in (("input", input), ("target", target)):
             if x.layout in _SPARSE:
                 raise ValueError(f"{name}: expected a dense tensor without a sparse weight, got {x.layout}")
         if weight is None or not torch.compiler.is_compiling():
             return dense(input, target, size_average, reduce, reduction, weight)
-        # torch.compile forgets the weight of torch's own l1_loss (torch 2.13).
-        weighted = of_difference(input - target) * weight
-        if reduction not in ("none", "mean", "sum"):
-            raise ValueError(f"reduction: expected 'none', 'mean' or 'sum', got {reduction!r}")
-        return weighted if reduction == "none" else weighted.sum() / (weight.sum() if reduction == "mean" else 1)
+    assert weight is not None
     if size_average is not None or reduce is not None:
         reduction = _legacy.legacy_get_string(size_average, reduce)
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"reduction: expected 'none', 'mean' or 'sum', got {reduction!r}")
-    weight = weight.coalesce() if weight.layout is torch.sparse_coo else weight
-    stored = weight.values()
-    difference = _stored(input, "input", weight) - _stored(target, "target", weight)
-    # An entry of no weight is none: zero times infinity is zero.
-    loss = torch.where(stored == 0, 0, stored * of_difference(torch.where(stored == 0, 0, difference)))
+    if not sparse:  # compiled: torch.compile forgets the weight of torch's own l1_loss (torch 2.13)
+        if weight.shape != input.shape:
+            raise ValueError(f"weight: expected input's shape {tuple(input.shape)}, got {tuple(weight.shape)}")
+        stored, loss = weight, of_difference(input - target) * weight
+    else:
+        weight = weight.coalesce() if weight.layout is torch.sparse_coo else weight
+        stored = weight.values()
+        difference = _stored(input, "input", weight) - _stored(target, "target", weight)
+        # An entry of no weight is none: zero times infinity is zero.
+        loss = torch.where(stored == 0, 0, stored * of_difference(torch.where(stored == 0, 0, difference)))
     if reduction == "none":
-        return _with_values(weight, loss)
+        return _with_values(weight, loss) if sparse else loss
     return loss.sum() if reduction == "sum" else loss.sum() / stored.sum()
 
 

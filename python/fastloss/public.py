@@ -16,9 +16,9 @@ from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils._pytree import tree_map_only
 
 from .parallel.dtensor import arguments_by_name, on_shards
+from .spec import PLAIN_TYPES
 
 _F = TypeVar("_F", bound=Callable[..., Any])
-_PLAIN = frozenset((Tensor, torch.nn.Parameter))
 _ERRORS = (IndexError, NotImplementedError, RuntimeError, TypeError, ValueError)
 _is_compiling = torch.compiler.is_compiling
 _mode_active = torch._C._is_torch_function_mode_enabled
@@ -96,7 +96,7 @@ def _by_kind(
     """Which of the two takes these tensors; none where they are on different devices."""
     device, run = None, function
     for value in values:
-        if type(value) not in _PLAIN:
+        if type(value) not in PLAIN_TYPES:
             if not isinstance(value, Tensor):
                 continue
             run = with_subclasses

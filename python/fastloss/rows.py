@@ -15,9 +15,8 @@ from torch import Tensor
 from .backends import Backend, choose, reference
 from .reduction import reduce_rows
 from .saved import save, saved
-from .spec import COMPUTE_DTYPE, Objective, Reduction, Rows, Spec
+from .spec import COMPUTE_DTYPE, PLAIN_TYPES, Objective, Reduction, Rows, Spec
 
-_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 _grad_enabled = torch.is_grad_enabled
 _is_compiling = torch.compiler.is_compiling
 transforming = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
@@ -91,7 +90,7 @@ def eager(*tensors: Tensor | None) -> bool:
     if _is_compiling() or _mode_depth():
         return False
     for t in tensors:  # no generator: a small call asks this twice  # noqa: SIM110
-        if t is not None and type(t) not in _PLAIN_TYPES:
+        if t is not None and type(t) not in PLAIN_TYPES:
             return False
     return True
 

@@ -20,6 +20,7 @@ except ImportError:  # torch works without it
 else:
     NUMBERS += (numpy.number, numpy.bool_)
 
+PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))  # with an address of their own; subclasses may have none
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 COMPUTE_DTYPE = {
     torch.float32: torch.float32,

@@ -259,9 +259,9 @@ def rank(rows: Rows) -> Tensor:
     """How many logits are larger than the target's, (N,); 0 where it is ignored."""
     if rows.spec.objective != Objective.INDEX:
         return rows.input.new_empty(0, dtype=torch.int64)
-    input, valid = rows.flat().input, rows.target != rows.spec.ignore_index
-    x_y = input.gather(1, torch.where(valid, rows.target, 0)[:, None])
-    return torch.where(valid, (input > x_y).sum(-1), 0)
+    valid = rows.target != rows.spec.ignore_index
+    x_y = rows.logits_of(torch.where(valid, rows.target, 0)[:, None])
+    return torch.where(valid, (rows.flat().input > x_y).sum(-1), 0)
 
 
 def _mass(rows: Rows) -> Tensor:
