@@ -228,6 +228,17 @@ def test_devices_are_as_good_as_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
         assert same(second, want) and same(first[2:], want[2:])
 
 
+def test_a_guess_that_a_graph_captured_is_not_kept(device_guess: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before its first replay a CUDA graph's memory holds anything: a step outside it must not read the guess there."""
+    call = call_of(BY_NAME["index"], torch.bfloat16, 96)
+    with monkeypatch.context() as capturing:
+        capturing.setattr(upstream, "captures", lambda device: True)
+        gradients(call.ours, call, 1024.0)
+        assert not upstream._of_device
+    gradients(call.ours, call, 1024.0)
+    assert float(*upstream._of_device.values()) == 1024
+
+
 def test_threads() -> None:
     """Several at once, each with a scale of its own: a guess of one is wrong for another, and harmless."""
     calls = [call_of(BY_NAME[name], torch.bfloat16, 96) for name in ("index", "topk", "forward_kl")]

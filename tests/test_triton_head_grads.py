@@ -10,6 +10,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.nn.functional as F
+from cuda_engine import cuda_on_host
 from test_triton_heads import OPTIONS, head, log, multiplied  # noqa: F401 - a fixture
 from triton_engine import TARGETS, assert_multiplies_well, in_shapes, launches, taking_turns
 
@@ -314,3 +315,29 @@ def test_nothing_to_multiply(log, shape):  # noqa: F811
         hidden, weight, torch.zeros(N, dtype=torch.int64), reduction="sum", filter_eps=EPS
     ).backward()
     assert hidden.grad.shape == (N, H) and weight.grad.shape == (V, H) and not weight.grad.any()
+
+
+@pytest.mark.parametrize("options", ["bias", "softcap"])
+def test_heads_of_the_cuda_backend(log, options, generator):  # noqa: F811
+    """Are these too: of its rows, losses and gradients from statistics that Triton's kernels made."""
+    dtype = (torch.bfloat16, torch.float16)[list(OPTIONS).index(options) % 2]
+    with cuda_on_host():
+        assert "leaves out small tiles" in fastloss.explain(
+            torch.zeros(1, 8, dtype=dtype), torch.tensor([0]), linear_weight=torch.zeros(3, 8, dtype=dtype)
+        )
+        for reduction, filter_eps in ("none", None), ("mean", 1e-7):
+            log.clear()
+            check(5, 300, 40, dtype, generator, reduction, filter_eps=filter_eps, **OPTIONS[options])
+            ran = {launch.kernel.split("(")[0] for launch in log}
+            assert {"head_states", "head_grad"} <= ran and ("kept_product" in ran) == (filter_eps is not None)
+        # The weight's gradient by blocks of classes: csrc/cuda continues from Triton's statistics.
+        check(12, 300, 40, dtype, generator, "none", max_chunk_bytes=4 * 300 * 8, **OPTIONS[options])
+
+
+def test_the_cuda_backend_without_triton(generator, monkeypatch):
+    """Takes the library's products, and says that filter_eps has no effect."""
+    monkeypatch.setattr(backend, "find_spec", lambda name: None)
+    with cuda_on_host():
+        said = fastloss.explain(torch.zeros(1, 8).half(), torch.tensor([0]), linear_weight=torch.zeros(3, 8).half())
+        assert "filter_eps no effect: the gradient is exact" in said
+        check(5, 30, 8, torch.float16, generator, "mean", filter_eps=0.5)

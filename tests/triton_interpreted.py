@@ -195,7 +195,7 @@ def test_a_choice_is_made_once(timed, generator, monkeypatch):
     states_of(3, 70, 32, generator)
     assert len(timed) == 2 * times(head_states)
     with monkeypatch.context() as inside:
-        inside.setattr(tuning, "_captures", lambda device: True)
+        inside.setattr(tuning, "captures", lambda device: True)
         states_of(3, 70, 48, generator)
         assert chosen(head_states) == head_states.configs[0]
         states_of(3, 70, 16, generator)
@@ -206,7 +206,7 @@ def test_a_choice_is_made_once(timed, generator, monkeypatch):
 
 def test_a_single_candidate_is_not_timed_while_a_graph_is_captured(monkeypatch):
     """As Triton before 3.9 would do it, and break the capture."""
-    monkeypatch.setattr(tuning, "_captures", lambda device: True)
+    monkeypatch.setattr(tuning, "captures", lambda device: True)
     monkeypatch.setattr(tuning, "benchmark", lambda call, quantiles: pytest.fail("timed"))
     assert tuning._time(torch.device("cuda"), lambda: None, (0.5, 0.2, 0.8)) == [0.0] * 3
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..spec import Objective, Rows
 from ..strides import count_rows
+from . import triton
 from .device import STATE_FIELDS, Kernels, Passing, Upstream
 from .native import DTYPE_CODES, lines, rows_fields
 
@@ -147,4 +148,26 @@ def _built() -> Any:
     return module()
 
 
-_KERNELS = Kernels(_on_chip, _row_stats, _row_grad, _row_loss_grad, _denominator, _total, _rescale)
+def _takes_head(rows: Rows, hidden: Tensor, head: Tensor) -> bool:
+    """Whether Triton runs here and takes them: csrc/cuda has no kernels that multiply, and without Triton's
+    `filter_eps` would have no effect wherever csrc/cuda is built."""
+    refused = triton.refuses(hidden.device, hidden.dtype, rows.target.dtype, rows.spec.objective)
+    return refused is None and triton.takes_head(rows, hidden, head)
+
+
+def _of_triton(name: str) -> Callable[..., Any]:
+    """A function of Triton's `Kernels`, which imports Triton when it is first called."""
+    return lambda *args: getattr(triton.kernels(), name)(*args)
+
+
+_KERNELS = Kernels(
+    _on_chip,
+    _row_stats,
+    _row_grad,
+    _row_loss_grad,
+    _denominator,
+    _total,
+    _rescale,
+    _takes_head,
+    *map(_of_triton, ("head_stats", "head_tiles", "head_grad", "kept_product")),
+)

@@ -22,6 +22,11 @@ STATE_FIELDS = 5  # csrc/row_state.h: centre, sum, moment, plain, mass
 STATS = 5  # centre, log_sum, log_prob, mass, entropy; of other objectives what their kernels put there
 
 
+def captures(device: torch.device) -> bool:
+    """Whether what is launched there now only goes into a CUDA graph, to be run by its replays."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 class Passing(str):
     """Why a backend cannot run a call now, which may pass: the device's memory is full, its driver busy."""
 

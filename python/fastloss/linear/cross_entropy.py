@@ -125,7 +125,7 @@ def linear_cross_entropy(
             gradients' products is not computed. No entry of the logits' gradient is off by as much as filter_eps times
             the upstream gradient of its row (with several of a row, their absolute sum); docs/math.md measures what
             that does to input's. 0 is exact, and leaves out the rows that are ignored or weigh nothing, wherever they
-            are; None, the default, takes them all, and one product less. On the `triton` backend, of class indices,
+            are; None, the default, takes them all, and one product less. On GPUs where Triton is, of class indices,
             16-bit input and linear_weight, not with `shard`; elsewhere the gradient is exact (`fastloss.explain` says
             which).
         shard: a `VocabShard`, where each rank of a process group has some rows of the last layer. Hidden states are the

@@ -20,6 +20,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..backends.device import captures
 from ..spec import Objective
 from . import blocks, grads
 from .heads import LinearRows
@@ -72,7 +73,12 @@ def remember(given: LinearRows, upstream: Tensor) -> None:
 
 
 def _on_device(device: torch.device, objective: Objective) -> Tensor:
+    """The last upstream gradient, () and float32; one where there is none yet. A one that is made while a CUDA graph is
+    captured is not kept: until the graph is replayed its memory holds anything, and other steps would read it."""
     key = device, objective
-    if key not in _of_device:
-        _of_device[key] = torch.ones((), dtype=torch.float32, device=device)
-    return _of_device[key]
+    last = _of_device.get(key)
+    if last is None:
+        last = torch.ones((), dtype=torch.float32, device=device)
+        if not captures(device):
+            _of_device[key] = last
+    return last

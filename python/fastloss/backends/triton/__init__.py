@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ...spec import COMPUTE_DTYPE, Objective, Rows
 from ..device import Kernels
@@ -32,6 +33,15 @@ def refuses(device: torch.device, dtype: torch.dtype, target_dtype: torch.dtype,
     return None
 
 
+def takes_head(rows: Rows, hidden: Tensor, head: Tensor) -> bool:
+    """16-bit operands, whose products tensor cores sum in float32; other dtypes are the library's."""
+    alike = hidden.dtype in _OF_HEADS and head.dtype == hidden.dtype
+    return alike and rows.spec.objective == Objective.INDEX
+
+
+_OF_HEADS = (torch.bfloat16, torch.float16)
+
+
 @lru_cache(maxsize=1)
 def kernels() -> Kernels:
     """What launches them."""
@@ -46,6 +56,7 @@ def kernels() -> Kernels:
 
     of_objectives = ("on_chip", "row_stats", "row_grad", "row_loss_grad")
     launches = {name: by_objective(name) for name in of_objectives}
-    of_heads = ("takes_head", "head_stats", "head_tiles", "head_grad", "kept_product")
+    of_heads = ("head_stats", "head_tiles", "head_grad", "kept_product")
     launches |= {name: getattr(heads, name) for name in of_heads}
+    launches["takes_head"] = takes_head
     return Kernels(*(launches.get(name) or getattr(rows, name) for name in Kernels._fields))

@@ -7,7 +7,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ...spec import Objective, Rows
+from ...spec import Rows
 from ..device import Tiles, Upstream, set_first
 from . import head_kernels
 from .row_kernels import STATE
@@ -16,13 +16,6 @@ from .rows import OPTIONS, finish, is_general, on, strided, vector_of
 SLICE = 2048  # classes of a state
 # A tile of the gradient of logits, which is kept or left out: whole, half as many rows where a loss needs registers.
 ROWS, COLUMNS = 128, 128
-DTYPES = (torch.bfloat16, torch.float16)
-
-
-def takes_head(rows: Rows, hidden: Tensor, head: Tensor) -> bool:
-    """16-bit operands, whose products tensor cores sum in float32; other dtypes are the library's."""
-    alike = hidden.dtype in DTYPES and head.dtype == hidden.dtype
-    return alike and rows.spec.objective == Objective.INDEX
 
 
 def head_stats(

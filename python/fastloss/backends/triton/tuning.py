@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import triton
 
+from ..device import captures
+
 Prune = Callable[[list[Any], dict[str, Any]], list[Any]]  # (configs, constants of a call) -> those that suit, in order
 
 
@@ -43,7 +45,7 @@ class Tuned:
     def _candidates(self, configs: list[Any], args: dict[str, Any], **meta: Any) -> list[Any]:
         """What is timed: inside a graph that is captured, where nothing may wait, one."""
         found = self.prune(configs, meta)
-        return found[:1] if _captures(next(iter(args.values())).device) else found
+        return found[:1] if captures(next(iter(args.values())).device) else found
 
 
 def is_timed(device: torch.device) -> bool:
@@ -53,16 +55,12 @@ def is_timed(device: torch.device) -> bool:
 
 def _time(device: torch.device, call: Callable[[], Any], quantiles: Any) -> Any:
     """Triton before 3.9 also times a single candidate, which waits for the device and so breaks a capture."""
-    return [0.0] * len(quantiles) if _captures(device) else benchmark(call, quantiles)
+    return [0.0] * len(quantiles) if captures(device) else benchmark(call, quantiles)
 
 
 def benchmark(call: Callable[[], Any], quantiles: Any) -> Any:
     """The clock of Triton's autotuner."""
     return triton.runtime.driver.active.get_benchmarker()(call, quantiles=quantiles)
-
-
-def _captures(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def tuned(
