@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -49,7 +49,19 @@ def assert_as_good_as_torch(
 ) -> None:
     """Values and gradients: error against the float64 oracle <= that of the oracle in x's dtype + TOLERANCE.
     `noise`: the error of the float64 oracle itself, where it matters."""
-    got = value_and_grad(ours, x, upstream, target, **options)
+    judge(value_and_grad(ours, x, upstream, target, **options), oracle, x, target, options, upstream, noise)
+
+
+def judge(
+    got: Sequence[Tensor],
+    oracle: Callable[..., Tensor],
+    x: Tensor,
+    target: Tensor,
+    options: dict[str, Any],
+    upstream: Tensor | None = None,
+    noise: float = 0.0,
+) -> None:
+    """As assert_as_good_as_torch, of a value and a gradient that are there already."""
 
     def textbook(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         exact = {name: to(value, dtype) for name, value in options.items()}

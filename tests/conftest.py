@@ -8,7 +8,9 @@ from unittest.mock import patch
 import pytest
 import torch
 from engines import ENGINES, ISAS, on_engine
+from on_gpu import must_run
 
+import fastloss
 from fastloss.backends import native
 from fastloss.linear import upstream
 
@@ -47,6 +49,14 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     native._native.use_isa(request.param)
     yield request.param
     native._native.use_isa(before)
+
+
+@pytest.fixture(params=["cuda", "triton"])
+def gpu_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A backend of the GPU, forced for the test."""
+    must_run(request.param)
+    with fastloss.use_backend(request.param):
+        yield request.param
 
 
 @pytest.fixture
