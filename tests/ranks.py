@@ -50,12 +50,15 @@ class Ranks:
         return [value[0] for _, value in found]
 
 
-def _serve(rank: int, size: int, store: str, default: bool, pipe: Connection) -> None:
+def _serve(rank: int, size: int, store: str, default: bool, backend: str, pipe: Connection) -> None:
     torch.set_num_threads(1)
     native._seconds = lambda *_: 1.0  # as conftest.py: what is measured must not decide
     made, timeout = dist.FileStore(store, size), timedelta(seconds=_SECONDS)
     if default:
-        dist.init_process_group("gloo", store=made, rank=rank, world_size=size, timeout=timeout)
+        device = torch.device("cuda", rank) if backend == "nccl" else None
+        if device is not None:
+            torch.cuda.set_device(device)
+        dist.init_process_group(backend, store=made, rank=rank, world_size=size, timeout=timeout, device_id=device)
     else:
         GROUPS.update(_groups(made, rank, size, timeout))
     while (told := pipe.recv()) is not None:
@@ -90,14 +93,15 @@ def gathers() -> Iterator[list[int]]:
 
 
 @contextmanager
-def ranks(size: int, default: bool = True) -> Iterator[Ranks]:
-    """Processes of one Gloo group, the default one; or of GROUPS, with no default one."""
+def ranks(size: int, default: bool = True, backend: str = "gloo") -> Iterator[Ranks]:
+    """Processes of one group, the default one; or of GROUPS, with no default one. Of an NCCL group each has the GPU of
+    its rank for the current one."""
     context = mp.get_context("spawn")
     store = tempfile.mktemp(prefix="fastloss_store")
     pipes, workers = [], []
     for rank in range(size):
         here, there = context.Pipe()
-        worker = context.Process(target=_serve, args=(rank, size, store, default, there), daemon=True)
+        worker = context.Process(target=_serve, args=(rank, size, store, default, backend, there), daemon=True)
         worker.start()
         there.close()
         pipes.append(here)

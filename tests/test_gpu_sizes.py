@@ -105,8 +105,9 @@ def test_more_logits_than_32_bits_count(gpu_backend: str, name: str, generator: 
     with memory_for(logits=3 if case.objective.paired else 2):
         torch.manual_seed(3)
         x = logits().requires_grad_()
-        _, y, options = case.inputs(N, 3 if case.objective.paired else V, torch.bfloat16, generator)
-        target = logits() if case.objective.paired else there(y)
+        few = 300  # classes, spread over all: inputs of all would take as much memory of the host
+        _, y, options = case.inputs(N, few, torch.bfloat16, generator)
+        target = logits() if case.objective.paired else there(torch.where(y < 0, y, y * (V // few)))
         at = of_interest()
         some = {k: v[at] if isinstance(v, Tensor) else v for k, v in options.items()}
         rows, of_target = x.detach()[there(at)].cpu(), target[there(at)].cpu()
@@ -130,7 +131,8 @@ def test_more_logits_of_hidden_states_than_32_bits_count(gpu_backend: str) -> No
     """In one chunk, and where the backend can, without logits in memory."""
     with memory_for(logits=1):
         torch.manual_seed(3)
-        hidden, weight = (torch.randn(n, 64, device=DEVICE).bfloat16().requires_grad_() for n in (N, V))
+        made = torch.randn(N, 64, device=DEVICE), torch.randn(V, 64, device=DEVICE) / 4
+        hidden, weight = (t.bfloat16().requires_grad_() for t in made)
         y, at = torch.randint(V, (N,), device=DEVICE), there(of_interest())
         for reduction in "sum", "none":
             loss = fastloss.linear_cross_entropy(
@@ -140,7 +142,7 @@ def test_more_logits_of_hidden_states_than_32_bits_count(gpu_backend: str) -> No
             exact = [t.detach().double().requires_grad_() for t in (hidden[at], weight)]
             losses = F.cross_entropy(F.linear(*exact), y[at], reduction="none")
             (want,) = torch.autograd.grad(losses.sum(), exact[:1])
-            assert (found[at] - want).norm() < 1e-2 * want.norm()
+            assert (found[at] - want).norm() < 2e-2 * want.norm()
             assert of_weight.isfinite().all()
             if reduction == "none":
                 torch.testing.assert_close(loss[at].double(), losses.detach(), rtol=2e-2, atol=2e-2)
