@@ -217,6 +217,7 @@ def test_what_finds_no_memory_to_be_timed_is_not_chosen_for_its_speed(monkeypatc
     def full(call, quantiles):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
+    monkeypatch.setattr(tuning, "_captures", lambda device: False)
     monkeypatch.setattr(tuning, "benchmark", full)
     assert tuning._time(torch.device("cuda"), lambda: None, (0.5, 0.2, 0.8)) == [float("inf")] * 3
 
