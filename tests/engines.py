@@ -3,9 +3,10 @@ and both GPU backends on a GPU if there is one (`pytest -m gpu`; gpu_device.py).
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
+import gpu_device
 import pytest
 import torch
 from cuda_engine import cuda_on_host
@@ -19,7 +20,7 @@ import fastloss
 from fastloss.backends import native
 
 ISAS = [f"cpu:{isa}" for isa in native._native.available_isas()]
-GPUS = [] if DEVICE is None else ["cuda:gpu"] if FAKE else ["cuda:gpu", "triton:gpu"]
+GPUS = [] if DEVICE is None else [f"{backend}:gpu" for backend in gpu_device.BACKENDS]
 ENGINES = [*ISAS, "cuda:host", "reference", *(pytest.param(gpu, marks=pytest.mark.gpu) for gpu in GPUS)]
 ONE_OF_EACH = ("cpu", "cuda:host", "reference")  # for what does not depend on the instruction set
 
@@ -32,13 +33,18 @@ def on_engine(name: str) -> AbstractContextManager[Any]:
     if where == "ptx":
         return emulated()
     stack = ExitStack()
-    stack.enter_context(fastloss.use_backend(backend))
+    stack.enter_context(on_gpu_backend(backend) if where == "gpu" else fastloss.use_backend(backend))
     if where == "gpu":
         stack.enter_context(OnDevice())
     elif where:
         stack.callback(native._native.use_isa, native._native.current_isa())
         native._native.use_isa(where)
     return stack
+
+
+def on_gpu_backend(name: str) -> AbstractContextManager[Any]:
+    """Everything inside runs on this backend, which is one of the GPU; tensors are the caller's to move."""
+    return emulated() if FAKE and name == "triton" else fastloss.use_backend(name)
 
 
 class _There(torch.autograd.Function):
@@ -50,7 +56,7 @@ class _There(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Tensor:
-        return _copied(upstream, "cpu")
+        return _Back.apply(upstream)  # differentiable again
 
 
 class _Back(torch.autograd.Function):
@@ -60,15 +66,19 @@ class _Back(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Tensor:
-        return _copied(upstream, DEVICE)
+        return _There.apply(upstream)
 
 
 def _copied(x: Tensor, device: Any) -> Tensor:
     if x.numel() == 0:
         return x.detach().to(device)
+    return _memory(x).to(device).as_strided(x.shape, x.stride(), x.storage_offset())
+
+
+def _memory(x: Tensor) -> Tensor:
+    """What a tensor is a view of, as far as it goes."""
     extent = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
-    memory = x.detach().as_strided((x.storage_offset() + extent,), (1,), 0).to(device)
-    return memory.as_strided(x.shape, x.stride(), x.storage_offset())
+    return x.detach().as_strided((x.storage_offset() + extent,), (1,), 0)
 
 
 class OnDevice(TorchFunctionMode):
@@ -78,5 +88,10 @@ class OnDevice(TorchFunctionMode):
         kwargs = kwargs or {}
         if not (getattr(func, "__module__", None) or "").startswith("fastloss"):
             return func(*args, **kwargs)
-        out = func(*tree_map_only(Tensor, _There.apply, args), **tree_map_only(Tensor, _There.apply, kwargs))
+        there, options = tree_map_only(Tensor, _There.apply, args), tree_map_only(Tensor, _There.apply, kwargs)
+        lower = torch.is_autocast_enabled("cpu")
+        with torch.autocast(DEVICE.type, torch.get_autocast_dtype("cpu"), lower) if lower else nullcontext():
+            out = func(*there, **options)
+        if kwargs.get("inplace"):
+            _memory(args[0]).copy_(_memory(there[0]))
         return tree_map_only(Tensor, _Back.apply, out)

@@ -16,12 +16,14 @@ from typing import Any
 from unittest.mock import patch
 
 import engines
+import gpu_device
 import pytest
 import torch
 from fake_gpu import NAME
 from gpu_device import DEVICE
 from triton_engine import in_shapes
 
+import fastloss
 from fastloss import backends
 from fastloss.backends import cuda
 from fastloss.backends import triton as backend
@@ -30,6 +32,8 @@ from fastloss.backends.device import Kernels
 assert DEVICE is not None
 engines.GPUS.append("triton:gpu")
 engines.ENGINES.append(pytest.param("triton:gpu", marks=pytest.mark.gpu))
+engines.emulated = lambda: fastloss.use_backend("triton")  # type: ignore[assignment,misc]
+gpu_device.BACKENDS = ("cuda", "triton")
 backend.device_types.add(NAME)
 
 TARGET = ("cuda", 90, 32)
