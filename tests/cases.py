@@ -6,7 +6,7 @@ A case says how to make the arguments; the oracle says what the loss is, as a te
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +33,19 @@ SHAPES = {
     "one_tile_and_one": (3, 2049),
     "two_tiles_and_some": (3, 4999),
 }
+
+
+def in_turn(engine: str, shapes: Iterable[tuple[int, int]], turn: int, dtype: torch.dtype) -> list[tuple[int, int]]:
+    """The shapes; for Triton on a GPU some of them, as it compiles its kernels for almost every one: a third, or one
+    where the dtype is float16 or float64, whose kernels differ from others' in conversions alone. Cases, whose number
+    `turn` is, take turns: each kernel meets all."""
+    shapes = list(shapes)
+    if engine != "triton:gpu":
+        return shapes
+    some = shapes[turn % 3 :: 3]
+    return some if dtype in (torch.float32, torch.bfloat16) else some[turn // 3 % len(some) :][:1]
+
+
 VOCABULARIES = {"llama2": 32000, "gpt2": 50257, "llama3": 128256, "qwen2": 151936, "gemma": 262144}
 
 

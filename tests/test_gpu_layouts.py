@@ -21,7 +21,8 @@ if DEVICE is None:
     pytest.skip("torch sees no GPU", allow_module_level=True)
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("one_thread")]
 BY_NAME = {case.name: case for case in (*CASES, *LOSS_CASES)}
-FAMILIES = ["ignored", "everything", "probabilities", "reverse_kl", "js", "topk", "topk_tail", "log_probs"]
+# One or two of each kind of kernel; half for each dtype.
+FAMILIES = ["ignored", "everything", "reverse_kl", "js", "topk", "topk_tail", "log_probs", "probabilities"]
 
 # Rows (N, V) elsewhere in memory: at an offset that no 16-byte access takes, and an odd number of elements apart.
 PLACES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -48,10 +49,10 @@ def placed(case: Case, place: str) -> Callable[..., Tensor]:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_places(gpu_backend: str, dtype: torch.dtype, generator: torch.Generator) -> None:
-    """Every kernel family at every place; shapes, reductions and strides of upstream gradients take turns."""
+    """Every kernel family at every place; families, shapes, reductions and strides of upstream gradients take turns."""
     turn = DTYPES.index(dtype)
     with OnDevice():
-        for family in FAMILIES:
+        for family in FAMILIES[turn % 2 :: 2]:
             case = BY_NAME[family]
             for place in PLACES:
                 turn += 1
@@ -65,16 +66,9 @@ def test_places(gpu_backend: str, dtype: torch.dtype, generator: torch.Generator
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_few_rows_and_classes(gpu_backend: str, dtype: torch.dtype, generator: torch.Generator) -> None:
-    """None, one, and nothing but ignored ones; one class."""
+def test_no_rows_that_count(gpu_backend: str, dtype: torch.dtype, generator: torch.Generator) -> None:
+    """None, and nothing but ignored ones."""
     with OnDevice():
-        for case in (*CASES[:5], BY_NAME["forward_kl"], BY_NAME["js"]):
-            for N, V in (1, 33), (3, 1):
-                x, y, options = case.inputs(N, V, dtype, generator)
-                y = y if case.objective.paired else torch.where(y == options.get("ignore_index", -100), V - 1, y)
-                if "ignore_index" in options and V == 1:
-                    continue  # a mean of nothing
-                assert_as_good_as_torch(case.loss(), case.oracle, x, y, options)
         x, y = torch.randn(4, 33, generator=generator).to(dtype), torch.full((4,), -100)
         for reduction in "mean", "sum", "none":
             got = value_and_grad(fastloss.cross_entropy, x, None, y, reduction=reduction)
@@ -85,7 +79,7 @@ def test_few_rows_and_classes(gpu_backend: str, dtype: torch.dtype, generator: t
             assert empty[1].shape == (0, 33) and (reduction == "mean" or not empty[0].any())
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
 def test_extreme_logits(gpu_backend: str, dtype: torch.dtype, generator: torch.Generator) -> None:
     """Masked classes and logits of 1e4, in rows on chip and in slices."""
     with OnDevice():
@@ -94,8 +88,7 @@ def test_extreme_logits(gpu_backend: str, dtype: torch.dtype, generator: torch.G
                 case = BY_NAME[name]
                 x, y, options = case.inputs(3, V, dtype, generator)
                 for shift in 1e4, -1e4:
-                    noise = 4e-12 if dtype == torch.float64 else 0.0  # the float64 oracle's own
-                    assert_as_good_as_torch(case.loss(), case.oracle, x + shift, y, options, noise=noise)
+                    assert_as_good_as_torch(case.loss(), case.oracle, x + shift, y, options)
                 if name == "smoothing":
                     continue  # infinite where a class is masked
                 masked = torch.rand(3, V, generator=generator) < 0.5
@@ -111,7 +104,7 @@ def listed(y: Tensor, V: int) -> Tensor:
     return F.one_hot(y.clamp(0).view(len(y), -1), V).sum(1) > 0
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_in_place(gpu_backend: str, dtype: torch.dtype, generator: torch.Generator) -> None:
     """The gradient takes the logits' memory, at every place and for every loss that has the option."""
     upstream = torch.tensor(0.25)

@@ -28,10 +28,11 @@ OPTIONS = test_triton_heads.OPTIONS
 HEADS = () if find_spec("triton") is None else tuple(BACKENDS if not FAKE else BACKENDS[1:])
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("options", OPTIONS)
-def test_kernels(gpu_backend: str, options: str, dtype: torch.dtype, generator: torch.Generator) -> None:
-    """Scoring, and gradients by statistics; of tiles that rows, classes and depths fill and do not fill."""
+def test_kernels(gpu_backend: str, options: str, generator: torch.Generator) -> None:
+    """Scoring, and gradients by statistics; of tiles that rows, classes and depths fill and do not fill. Dtypes take
+    turns."""
+    dtype = (torch.bfloat16, torch.float16)[list(OPTIONS).index(options) % 2]
     for N, V, H in (70, 2100, 40), (256, 4096, 64):
         with OnDevice():
             if gpu_backend in HEADS:
