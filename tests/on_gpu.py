@@ -106,10 +106,10 @@ def in_own_process(backend: str, function: Callable[..., Any], *args: Any) -> An
 
 def _run(pipe: Connection, backend: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     value, error = None, None
-    with counting() as seen:
+    # In this order: an emulator puts itself in the place of what is counted.
+    with on_gpu_backend(backend), counting() as seen:
         try:
-            with on_gpu_backend(backend):
-                value = function(*args)
+            value = function(*args)
         except Exception:
             error = traceback.format_exc()
         pipe.send_bytes(pickle.dumps((value, seen.number, error)))

@@ -32,7 +32,7 @@ from fastloss.backends.device import Kernels
 assert DEVICE is not None
 engines.GPUS.append("triton:gpu")
 engines.ENGINES.append(pytest.param("triton:gpu", marks=pytest.mark.gpu))
-engines.emulated = lambda: fastloss.use_backend("triton")  # type: ignore[assignment,misc]
+engines.emulated = lambda **_: fastloss.use_backend("triton")  # type: ignore[assignment,misc]
 gpu_device.BACKENDS = ("cuda", "triton")
 backend.device_types.add(NAME)
 
