@@ -33,9 +33,11 @@ FAMILIES = ["ignored", "everything", "probabilities", "forward_kl", "js", "topk_
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_vocabularies(gpu_backend: str, name: str, generator: torch.Generator) -> None:
-    V = size(CLASSES[name], CLASSES[name] // 64)
+    V, first = size(CLASSES[name], CLASSES[name] // 64), list(CLASSES).index(name)
+    # Triton compiles each anew, and the tests of every engine have most.
+    families = FAMILIES if gpu_backend == "cuda" else FAMILIES[first % 3 :: 3]
     with OnDevice():
-        for turn, family in enumerate(FAMILIES, list(CLASSES).index(name)):
+        for turn, family in enumerate(families, first):
             dtype = (torch.bfloat16, torch.float32)[turn % 2]
             reduction = ("mean", "none")[turn // 2 % 2] if family != "everything" else "sum"
             assert_case(BY_NAME[family], 3, V, dtype, reduction, generator)
