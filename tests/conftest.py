@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from unittest.mock import patch
 
+import gpu_device
 import pytest
 import torch
 from engines import ENGINES, ISAS, on_engine
@@ -31,6 +32,17 @@ def _nothing_expected() -> None:
     """No loss scale of an earlier test, whose guess would be wrong, and cost products that tests count."""
     upstream._of_host.clear()
     upstream._of_device.clear()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
+    """A test marked `gpu` that launches no kernel of ours there fails: it would prove nothing of a GPU."""
+    if pyfuncitem.get_closest_marker("gpu") is None or gpu_device.DEVICE is None:
+        return (yield)
+    with gpu_device.counting() as launches:
+        result = yield
+    assert launches.number, f"no kernel was launched on {gpu_device.DEVICE}"
+    return result
 
 
 @pytest.fixture(params=ENGINES)

@@ -34,7 +34,7 @@ def element_flags(name: str) -> list[str]:
     return [f"-DFASTLOSS_ELEMENT={ELEMENTS[name]}", f"-DFASTLOSS_KERNELS={name}_kernels", f"-DFASTLOSS_ISA=cuda_{name}"]
 
 
-def _fingerprint(*parts: str) -> str:
+def fingerprint(*parts: str) -> str:
     digest = hashlib.sha256("\0".join(parts).encode())
     for path in sorted([*(ROOT / "csrc").rglob("*"), *(ROOT / "tests").glob("cuda_on_host*")]):
         if path.is_file():
@@ -42,7 +42,7 @@ def _fingerprint(*parts: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def _compiler() -> str:
+def compiler() -> str:
     found = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
     if not found:
         raise FileNotFoundError("a C++ compiler")
@@ -71,7 +71,7 @@ def host_library() -> Path:
     flags += ["-DFASTLOSS_CUDA_ON_HOST", "-include", str(ROOT / "tests" / "cuda_on_host.h")]
     flags += ["-DFASTLOSS_MODULE=_cuda", '-DFASTLOSS_CUDA_ARCHITECTURES="host"']
     flags += ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")]
-    folder = BUILD / _fingerprint(_compiler(), sys.version, *flags)
+    folder = BUILD / fingerprint(compiler(), sys.version, *flags)
     library = folder / "fastloss_cuda_on_host.so"
     if library.exists():
         return library
@@ -83,18 +83,18 @@ def host_library() -> Path:
     def compile_unit(unit: tuple[Path, str, list[str]]) -> str:
         source, name, more = unit
         output = str(folder / f"{name}.o")
-        _run([_compiler(), *flags, *more, "-c", str(source), "-o", output])
+        run([compiler(), *flags, *more, "-c", str(source), "-o", output])
         return output
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compile_unit, units))
     part = folder / f"{os.getpid()}.part"
-    _run([_compiler(), "-shared", *objects, "-ldl", "-o", str(part)])
+    run([compiler(), "-shared", *objects, "-ldl", "-o", str(part)])
     part.replace(library)
     return library
 
 
-def _run(command: list[str]) -> None:
+def run(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")

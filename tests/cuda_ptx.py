@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from cuda_engine import BUILD, ELEMENTS, SOURCES, _fingerprint, cuda_on_host, element_flags
+from cuda_engine import BUILD, ELEMENTS, SOURCES, cuda_on_host, element_flags, fingerprint
 from gpu_on_cpu import find_ptxemu
 
 
@@ -27,7 +27,7 @@ def missing() -> str | None:
 def compile_element(name: str, arch: str, kind: str, *flags: str) -> tuple[str, str]:
     """The path of rows.cu compiled for an element type and architecture to a `kind` (ptx or cubin), and what nvcc said;
     kept until a source changes."""
-    folder = BUILD / _fingerprint("nvcc", *flags)
+    folder = BUILD / fingerprint("nvcc", *flags)
     folder.mkdir(parents=True, exist_ok=True)
     output, said = folder / f"{name}.{arch}.{kind}", folder / f"{name}.{arch}.{kind}.txt"
     if not (output.exists() and said.exists()):

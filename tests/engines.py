@@ -1,23 +1,25 @@
 """Every backend on what this machine has: the native one on each instruction set, the CUDA one compiled for the host,
-and both GPU backends on a GPU if there is one (`pytest -m gpu`)."""
+and both GPU backends on a GPU if there is one (`pytest -m gpu`; gpu_device.py)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import pytest
 import torch
 from cuda_engine import cuda_on_host
+from gpu_device import DEVICE, FAKE
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 from triton_engine import emulated
 
 import fastloss
 from fastloss.backends import native
 
 ISAS = [f"cpu:{isa}" for isa in native._native.available_isas()]
-GPUS = ["cuda:gpu", "triton:gpu"] if torch.cuda.is_available() else []
+GPUS = [] if DEVICE is None else ["cuda:gpu"] if FAKE else ["cuda:gpu", "triton:gpu"]
 ENGINES = [*ISAS, "cuda:host", "reference", *(pytest.param(gpu, marks=pytest.mark.gpu) for gpu in GPUS)]
 ONE_OF_EACH = ("cpu", "cuda:host", "reference")  # for what does not depend on the instruction set
 
@@ -32,32 +34,49 @@ def on_engine(name: str) -> AbstractContextManager[Any]:
     stack = ExitStack()
     stack.enter_context(fastloss.use_backend(backend))
     if where == "gpu":
-        stack.enter_context(tensors_on("cuda"))
+        stack.enter_context(OnDevice())
     elif where:
         stack.callback(native._native.use_isa, native._native.current_isa())
         native._native.use_isa(where)
     return stack
 
 
-@contextmanager
-def tensors_on(device: str) -> Iterator[None]:
-    """fastloss.cross_entropy takes CPU tensors to a device and brings what it returns back, gradients too."""
-    loss = fastloss.cross_entropy
+class _There(torch.autograd.Function):
+    """A copy on the device, of the same strides and the same place in its memory: some tests are about them."""
 
-    def there(x: Any) -> Any:
-        return x.to(device) if isinstance(x, Tensor) else x
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return _copied(x, DEVICE)
 
-    def back(x: Any) -> Any:
-        if isinstance(x, Tensor):
-            return x.cpu()
-        return type(x)(*map(back, x)) if hasattr(x, "_fields") else x
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Tensor:
+        return _copied(upstream, "cpu")
 
-    def cross_entropy(*args: Any, **kwargs: Any) -> Any:
-        out = loss(*map(there, args), **{name: there(value) for name, value in kwargs.items()})
-        return tuple(map(back, out)) if type(out) is tuple else back(out)
 
-    fastloss.cross_entropy = cross_entropy  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        fastloss.cross_entropy = loss
+class _Back(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return _copied(x, "cpu")
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Tensor:
+        return _copied(upstream, DEVICE)
+
+
+def _copied(x: Tensor, device: Any) -> Tensor:
+    if x.numel() == 0:
+        return x.detach().to(device)
+    extent = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
+    memory = x.detach().as_strided((x.storage_offset() + extent,), (1,), 0).to(device)
+    return memory.as_strided(x.shape, x.stride(), x.storage_offset())
+
+
+class OnDevice(TorchFunctionMode):
+    """Public functions of fastloss take CPU tensors to the device and bring what they return back, gradients too."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not (getattr(func, "__module__", None) or "").startswith("fastloss"):
+            return func(*args, **kwargs)
+        out = func(*tree_map_only(Tensor, _There.apply, args), **tree_map_only(Tensor, _There.apply, kwargs))
+        return tree_map_only(Tensor, _Back.apply, out)

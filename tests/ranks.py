@@ -18,6 +18,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from fastloss.backends import native
+from fastloss.bench.ranks import leave
 from fastloss.parallel import shard as sharding
 
 _SECONDS = 600  # after which a collective that not all ranks reach is an error: more than a busy machine ever needs
@@ -63,8 +64,7 @@ def _serve(rank: int, size: int, store: str, default: bool, pipe: Connection) ->
             pipe.send((True, function(*args)))
         except Exception as error:
             pipe.send((False, (error, traceback.format_exc())))
-    if default:
-        dist.destroy_process_group()
+    leave()
 
 
 def _groups(store: dist.Store, rank: int, size: int, timeout: timedelta) -> dict[str, Any]:
