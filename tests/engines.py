@@ -3,7 +3,7 @@ and both GPU backends on a GPU if there is one (`pytest -m gpu`; gpu_device.py).
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import pytest
@@ -50,7 +50,7 @@ class _There(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Tensor:
-        return _copied(upstream, "cpu")
+        return _Back.apply(upstream)  # differentiable again
 
 
 class _Back(torch.autograd.Function):
@@ -60,15 +60,19 @@ class _Back(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Tensor:
-        return _copied(upstream, DEVICE)
+        return _There.apply(upstream)
 
 
 def _copied(x: Tensor, device: Any) -> Tensor:
     if x.numel() == 0:
         return x.detach().to(device)
+    return _memory(x).to(device).as_strided(x.shape, x.stride(), x.storage_offset())
+
+
+def _memory(x: Tensor) -> Tensor:
+    """What a tensor is a view of, as far as it goes."""
     extent = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
-    memory = x.detach().as_strided((x.storage_offset() + extent,), (1,), 0).to(device)
-    return memory.as_strided(x.shape, x.stride(), x.storage_offset())
+    return x.detach().as_strided((x.storage_offset() + extent,), (1,), 0)
 
 
 class OnDevice(TorchFunctionMode):
@@ -78,5 +82,10 @@ class OnDevice(TorchFunctionMode):
         kwargs = kwargs or {}
         if not (getattr(func, "__module__", None) or "").startswith("fastloss"):
             return func(*args, **kwargs)
-        out = func(*tree_map_only(Tensor, _There.apply, args), **tree_map_only(Tensor, _There.apply, kwargs))
+        there, options = tree_map_only(Tensor, _There.apply, args), tree_map_only(Tensor, _There.apply, kwargs)
+        lower = torch.is_autocast_enabled("cpu")
+        with torch.autocast(DEVICE.type, torch.get_autocast_dtype("cpu"), lower) if lower else nullcontext():
+            out = func(*there, **options)
+        if kwargs.get("inplace"):
+            _memory(args[0]).copy_(_memory(there[0]))
         return tree_map_only(Tensor, _Back.apply, out)

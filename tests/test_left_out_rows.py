@@ -371,6 +371,7 @@ def test_without_a_target_no_row_is_left_out(engine, generator):
         torch.testing.assert_close(g, torch.autograd.grad((lse + entropy**2).sum(), x))
 
 
+@pytest.mark.no_launch
 def test_no_classes_and_no_target(engine):
     stats = fastloss.row_stats(torch.zeros(2, 0), row_mask=torch.tensor([True, False]))
     assert stats.lse.tolist() == [-torch.inf, 0] and stats.argmax.tolist() == [0, 0]
