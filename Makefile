@@ -2,6 +2,8 @@
 PYTHON ?= python3
 TEXT ?=
 LIGER ?=
+FAKE ?=
+ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc python -name '*.cpp' -o -name '*.h' -o -name '*.cu*' -o -name '*.py')
@@ -12,7 +14,7 @@ ALONE = -std=c++17 -Wall -Wextra -Werror -Wno-psabi -ffp-contract=fast -fno-math
   -DFASTLOSS_ISA=$(1) -DFASTLOSS_ISA_NAME='"$(1)"' csrc/cpu/rows.cpp tests/kernels_alone.cpp -o build/kernels_$(2)
 ON_AVX2 := on-avx2-avx512 on-avx2-avx512_bf16
 
-.PHONY: help demo train-tp test test-all sanitize lint format bench bench-quick gpu-traffic docs wheel aarch64 avx512 $(ON_AVX2) \
+.PHONY: help demo train-tp test test-all sanitize lint format bench bench-quick gpu gpu-dry gpu-traffic docs wheel aarch64 avx512 $(ON_AVX2) \
   clean
 
 help:  ## this list
@@ -54,6 +56,12 @@ bench: $(VENV)/.test  ## the whole benchmark table: about five minutes
 
 bench-quick: $(VENV)/.test  ## a smoke run of the benchmarks
 	$(BIN)/python -m pytest benchmarks --benchmark-only --quick
+
+gpu:  ## all that a GPU should tell, offline, with the Python that has torch (ARGS="--minutes 9"; FAKE=1: a dry run)
+	$(PYTHON) benchmarks/gpu_acceptance.py $(if $(FAKE),--fake) $(ARGS)
+
+gpu-dry:  ## the same as a dry run, on the fake device of the tests
+	$(MAKE) gpu FAKE=1
 
 gpu-traffic: $(VENV)/.test  ## count what the GPU kernels execute and move, without a GPU (LIGER=folder: beside Liger's)
 	$(BIN)/python benchmarks/gpu_traffic.py $(if $(LIGER),--liger "$(LIGER)")

@@ -1,0 +1,62 @@
+"""Where things lie, and what the stages' processes are started with. Imports neither torch nor fastloss."""
+
+from __future__ import annotations
+
+import os
+import sys
+import sysconfig
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+FAKE = os.environ.get("FASTLOSS_FAKE_GPU") == "1"  # a dry run, on the fake device of the tests
+_FAKE_TOOLS = ROOT / "tests" / "fake_tools"
+
+
+def build_folder() -> Path:
+    """For what the stages make and nobody needs later. On the device machine only a few files come back."""
+    return ROOT / "build" / ("gpu-fake" if FAKE else "gpu")
+
+
+def site() -> Path:
+    """Where the stage `build` installs fastloss."""
+    return build_folder() / "site"
+
+
+def tools() -> Path:
+    """Where the packages of --wheels are installed."""
+    return build_folder() / "tools"
+
+
+def native_modules() -> list[Path]:
+    """What the stage `build` must have left for this Python."""
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    return [site() / "fastloss" / f"{name}{suffix}" for name in (("_native",) if FAKE else ("_native", "_cuda"))]
+
+
+def is_built() -> bool:
+    return all(path.exists() for path in native_modules())
+
+
+def environment() -> dict[str, str]:
+    """Of a stage's process. What was built comes first; with nothing built, what the caller would import."""
+    packages = [site()] if is_built() else []
+    python_path = [*packages, tools(), ROOT / "benchmarks", ROOT / "tests", *_listed("PYTHONPATH")]
+    if not (packages or FAKE):
+        python_path.append(ROOT / "python")
+    programs = [*([_FAKE_TOOLS] if FAKE else []), tools() / "bin", Path(sys.executable).parent, *_cuda_programs()]
+    return os.environ | {
+        "PYTHONPATH": os.pathsep.join(map(str, python_path)),
+        "PATH": os.pathsep.join(map(str, [*programs, os.environ.get("PATH", os.defpath)])),
+        "PYTHONUNBUFFERED": "1",
+        "FASTLOSS_FAKE_GPU": "1" if FAKE else "0",
+    }
+
+
+def _listed(name: str) -> list[str]:
+    return [entry for entry in os.environ.get(name, "").split(os.pathsep) if entry]
+
+
+def _cuda_programs() -> list[Path]:
+    """Where NVIDIA puts nvcc, ncu and compute-sanitizer, newest first: behind what is on the PATH already."""
+    found = [Path("/usr/local/cuda/bin"), *sorted(Path("/opt/nvidia/nsight-compute").glob("*"), reverse=True)]
+    return [path for path in found if path.is_dir()]
