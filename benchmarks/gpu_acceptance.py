@@ -181,8 +181,9 @@ class Run:
             "FASTLOSS_GPU_RESULT_FILE": str(self.results.path),
             "FASTLOSS_GPU_END": str(time.time() + limit),
         }
-        command = [sys.executable, "-m", "acceptance.stages", name]
-        return process.run(command, limit, self.log, environment, lambda key, value: self.results.put(name, key, value))
+        return process.run(
+            stage_command(name), limit, self.log, environment, lambda key, value: self.results.put(name, key, value)
+        )
 
     def _clocks(self, name: str) -> None:
         """At the end of the stage: a card that is throttled explains its times."""
@@ -209,6 +210,10 @@ class Run:
         print(text, flush=True)
         with self.log.open("a") as log:
             log.write(f"=== {text}\n")
+
+
+def stage_command(name: str) -> list[str]:
+    return [sys.executable, "-m", "acceptance.stages", name]
 
 
 def _limit(text: str) -> tuple[str, int]:

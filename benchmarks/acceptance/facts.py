@@ -86,9 +86,7 @@ def _torch_facts() -> dict[str, Any]:
     import torch
 
     if FAKE:
-        from gpu_device import DEVICE
-
-        return {"device": f"fake device ({DEVICE})", "torch_cuda": torch.version.cuda, "capability": None}
+        return {"device": "fake device", "torch_cuda": torch.version.cuda, "capability": None}
     if not torch.cuda.is_available():
         return {"device": None, "torch_cuda": torch.version.cuda}
     properties = torch.cuda.get_device_properties(0)

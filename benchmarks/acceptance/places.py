@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import sysconfig
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,10 +39,11 @@ def is_built() -> bool:
 
 
 def environment() -> dict[str, str]:
-    """Of a stage's process. What was built comes first; with nothing built, what the caller would import."""
+    """Of a stage's process. What was built comes first; with nothing built, the sources, and in
+    a dry run what the caller would import."""
     packages = [site()] if is_built() else []
     python_path = [*packages, tools(), ROOT / "benchmarks", ROOT / "tests", *_listed("PYTHONPATH")]
-    if not (packages or FAKE):
+    if not packages and not (FAKE and find_spec("fastloss")):  # never an older version that is installed
         python_path.append(ROOT / "python")
     programs = [*([_FAKE_TOOLS] if FAKE else []), tools() / "bin", Path(sys.executable).parent, *_cuda_programs()]
     return os.environ | {
