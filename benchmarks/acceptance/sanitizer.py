@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from typing import Any
 
 from .places import ROOT
 from .results import Skip, already, emit, is_done
+from .sanitizer_output import parse
 from .target import backends
 
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
@@ -58,30 +58,3 @@ def _run(tool: str, backend: str) -> dict[str, Any]:
     if found["errors"] is None:
         found["error"] = f"it printed no summary; exit status {done.returncode}: {done.stderr.strip()[-300:]}"
     return found | {"status": done.returncode, "seconds": round(time.monotonic() - start, 1)}
-
-
-_SUMMARY = re.compile(
-    r"^=+ (ERROR|RACECHECK) SUMMARY: (\d+) (?:errors?|hazards? displayed \((\d+) errors?, (\d+) warnings?\))"
-)
-
-
-def parse(text: str) -> dict[str, Any]:
-    """What the summary counts, hazards of racecheck too, and the first reports. No summary: None, which is no zero."""
-    errors, warnings, reports, report = None, 0, [], []
-    for line in text.splitlines():
-        if not line.startswith("========="):
-            continue
-        if match := _SUMMARY.match(line):
-            _, number, _, of_these = match.groups()
-            errors, warnings = int(number), int(of_these or 0)
-        elif line.strip("= ") == "":  # between two reports
-            reports.append(report)
-            report = []
-        else:
-            report.append(line.removeprefix("=========").strip())
-    found = ["\n".join(lines[:6])[:600] for lines in [*reports, report] if _is_report(lines)]
-    return {"errors": errors, "warnings": warnings, "reports": found[:10]}
-
-
-def _is_report(lines: list[str]) -> bool:
-    return any(re.search(r"Invalid|Uninitialized|hazard|Race reported|Barrier|error|Error", line) for line in lines)
