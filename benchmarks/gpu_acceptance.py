@@ -97,11 +97,11 @@ class Run:
 
     def _open(self) -> Any:
         """The file of results, with the machine's facts in it before anything runs."""
-        from acceptance import build
+        from acceptance import places
         from acceptance.results import Results, Unreadable
 
         machine = self._machine()
-        if not any(stage.name == "build" for stage in self.stages) and not (self.fake or build.is_up_to_date()):
+        if not any(stage.name == "build" for stage in self.stages) and not (self.fake or places.is_up_to_date()):
             raise Refused("fastloss is not built here from these sources: add build to --stages")
         path = self.out / "result.json"
         if path.exists() and self.resume:
@@ -148,9 +148,9 @@ class Run:
 
     def _must_build(self, name: str) -> bool:
         """A build is no result: another machine, or other sources, need theirs."""
-        from acceptance import build
+        from acceptance import places
 
-        return name == "build" and not build.is_up_to_date()
+        return name == "build" and not places.is_up_to_date()
 
     def _one(self, stage: Any) -> str:
         limit = self.limits[stage.name]

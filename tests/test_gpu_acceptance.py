@@ -122,7 +122,7 @@ def script(monkeypatch, tmp_path):
     fake one with a build."""
     machine = dict(MACHINE)
     monkeypatch.setattr(gpu_acceptance.Run, "_machine", lambda self: dict(machine))
-    monkeypatch.setattr(build, "is_up_to_date", lambda: True)
+    monkeypatch.setattr(places, "is_up_to_date", lambda: True)
     monkeypatch.setattr("acceptance.facts.clocks", dict)
     before = signal.getsignal(signal.SIGTERM)
 
@@ -238,7 +238,7 @@ def test_resume_runs_what_is_not_ok(script, tmp_path):
 
 def test_resume_builds_again_on_another_machine(script, tmp_path, monkeypatch):
     assert script({"build": "emit('n', 1)", "smoke": ""}) == 0
-    monkeypatch.setattr(build, "is_up_to_date", lambda: False)
+    monkeypatch.setattr(places, "is_up_to_date", lambda: False)
     assert script({"build": "emit('n', 2)", "smoke": "emit('again', 1)"}, "--resume") == 0
     assert read(tmp_path)["build"]["data"] == {"n": 2} and read(tmp_path)["smoke"]["data"] == {}
 
@@ -251,9 +251,9 @@ def test_resume_after_the_script_itself_was_ended(tmp_path):
         PREAMBLE
         + textwrap.dedent(f"""
         import gpu_acceptance
-        from acceptance import build
+        from acceptance import places
         gpu_acceptance.Run._machine = lambda self: {MACHINE!r}
-        build.is_up_to_date = lambda: True
+        places.is_up_to_date = lambda: True
         gpu_acceptance.stage_command = lambda name: {hangs!r}
         sys.exit(gpu_acceptance.main(['--stages', 'smoke', '--out', {str(tmp_path / "out")!r}]))
         """)
@@ -311,7 +311,7 @@ def test_without_resume_an_older_result_is_kept_beside(script, tmp_path):
 
 
 def test_stages_need_a_build(script, monkeypatch, capsys):
-    monkeypatch.setattr(build, "is_up_to_date", lambda: False)
+    monkeypatch.setattr(places, "is_up_to_date", lambda: False)
     assert script({"build": "", "smoke": ""}, "--stages", "smoke") == 2
     assert "add build to --stages" in capsys.readouterr().err
     assert script({"build": "", "smoke": ""}) == 0
@@ -377,12 +377,14 @@ def installs(monkeypatch, tmp_path):
 
 
 def test_build_knows_what_is_built(installs, emitted, monkeypatch):
-    assert not build.is_up_to_date()
+    assert not places.is_up_to_date()
     assert build.build() == 0
     assert emitted["installed"]["ok"] and emitted["kernels"] == {"ok": True, "architectures": ["90"], "expected": "90"}
-    assert build.is_up_to_date()
-    monkeypatch.setattr(build, "fingerprint", lambda: "of other sources")
-    assert not build.is_up_to_date()
+    assert places.is_up_to_date()
+    assert places.environment()["PYTHONPATH"].split(os.pathsep)[0] == str(places.site())
+    monkeypatch.setattr(places, "fingerprint", lambda: "of other sources")
+    assert not places.is_up_to_date()
+    assert str(places.site()) not in places.environment()["PYTHONPATH"].split(os.pathsep)
 
 
 def test_build_for_another_architecture_has_failed(installs, emitted):
@@ -507,6 +509,38 @@ def test_plugin_hands_failures_over_as_they_come(tmp_path):
     assert len([name for name, _ in found if name.startswith("failure: ")]) == 2
     assert "of the test's own" in failures["test_fails"]["message"] and failures["test_error"]["when"] == "setup"
     assert found[-1] == ("so far", {"passed": 1, "failed": 2, "skipped": 1})
+
+
+def test_suite_of_a_device_is_all_tests_marked_gpu(tmp_path, monkeypatch):
+    """With what is installed there: workers, a limit for each test."""
+    monkeypatch.setattr(suite, "FAKE", False)
+    monkeypatch.setattr(suite.os, "cpu_count", lambda: 16)
+    for present, options in ((True, ["-n", "8", "--timeout", "120"]), (False, [])):
+        monkeypatch.setattr(suite, "find_spec", lambda name, present=present: object() if present else None)
+        command = suite.pytest_command(tmp_path / "junit.xml")
+        assert command[-3:] == ["--junitxml", str(tmp_path / "junit.xml"), "tests"]
+        assert command[command.index("-m", 3) + 1] == "gpu" and set(options) <= set(command)
+        assert present == ("-n" in command) == ("--timeout" in command)
+
+
+def test_bench_measures_each_case_once(tmp_path):
+    """In two parts: plain bfloat16 first, with torch.compile; of the records what the device decides."""
+    pytest.importorskip("psutil")
+    from acceptance.bench import PARTS, command
+
+    from fastloss.bench.cases import cases
+    from fastloss.bench.records import RECORDS
+    from fastloss.bench.resume import select
+
+    table = cases(accelerator=True)
+    chosen = [select(part.only, table, list(RECORDS)) for part in PARTS]
+    measured = [case for of, _ in chosen for case in of]
+    assert sorted(measured, key=table.index) == table and len(set(measured)) == len(measured)
+    assert {(case.loss, case.dtype) for case in chosen[0][0]} == {("plain", "bfloat16")}
+    assert chosen[0][1] == [] and set(chosen[1][1]) == set(RECORDS) - {"shared vocabulary", "import time"}
+    first, second = (command(part, tmp_path) for part in PARTS)
+    assert "--no-compile" not in first and "--no-compile" in second
+    assert {"--resume", "--device", "cuda"} <= set(first) and "--quick" not in first
 
 
 JUNIT = """<?xml version="1.0" encoding="utf-8"?><testsuites name="pytest tests"><testsuite name="pytest" errors="0"
@@ -765,6 +799,15 @@ def test_dry_run_with_a_finding_and_without_counters(tmp_path):
     for value in found["profile"]["data"].values():
         assert value["by"] == "torch.profiler" and "ERR_NVGPUCTRPERM" in value["without_ncu"]
         assert "JS, bfloat16" in value["families"]
+
+
+@pytest.mark.slow
+def test_profile_keeps_times_where_ncu_fails(tmp_path):
+    """A failure of Nsight Compute that is no lack of permission is a failure; the times are kept nevertheless."""
+    status, found, said = dry_run(tmp_path, "profile", FASTLOSS_FAKE_NCU="broken")
+    (value,) = found["profile"]["data"].values()
+    assert status == 1 and value["ok"] is False and "exit status 9" in value["without_ncu"], said
+    assert value["by"] == "torch.profiler" and "JS, bfloat16" in value["families"]
 
 
 @pytest.mark.slow

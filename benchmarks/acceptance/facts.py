@@ -12,7 +12,7 @@ import sys
 from importlib import metadata
 from typing import Any
 
-from .places import FAKE
+from .places import FAKE, fingerprint
 
 _QUERY = (
     "name", "driver_version", "memory.total", "clocks.sm", "clocks.max.sm", "clocks.mem", "clocks.max.mem",
@@ -37,6 +37,7 @@ def main() -> int:
         "programs": {name: line for name in _PROGRAMS if (line := _program(name))},
         "nvidia_smi": nvidia_smi(_QUERY),
         "commit": _commit(),
+        "sources": fingerprint(),
         **_torch_facts(),
     }
     print(json.dumps(found))

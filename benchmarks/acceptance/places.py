@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 import sysconfig
@@ -10,6 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 FAKE = os.environ.get("FASTLOSS_FAKE_GPU") == "1"  # a dry run, on the fake device of the tests
+_SOURCES = {".py", ".pyi", ".cpp", ".h", ".cu", ".cuh"}
 _FAKE_TOOLS = ROOT / "tests" / "fake_tools"
 
 
@@ -34,14 +36,31 @@ def native_modules() -> list[Path]:
     return [site() / "fastloss" / f"{name}{suffix}" for name in (("_native",) if FAKE else ("_native", "_cuda"))]
 
 
-def is_built() -> bool:
-    return all(path.exists() for path in native_modules())
+def fingerprint() -> str:
+    """Of everything that the built package is made of, and for whom."""
+    digest = hashlib.sha256(sys.version.encode())
+    files = [path for folder in ("csrc", "python") for path in (ROOT / folder).rglob("*") if path.suffix in _SOURCES]
+    for path in sorted([*files, ROOT / "CMakeLists.txt", ROOT / "pyproject.toml"]):
+        digest.update(str(path.relative_to(ROOT)).encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def stamp() -> Path:
+    """Holds the fingerprint of what is installed in site()."""
+    return site() / "fastloss-build.txt"
+
+
+def is_up_to_date() -> bool:
+    """Whether what is installed there was built from these sources, for this Python."""
+    built = all(path.exists() for path in native_modules())
+    return built and stamp().exists() and stamp().read_text() == fingerprint()
 
 
 def environment() -> dict[str, str]:
-    """Of a stage's process. What was built comes first; with nothing built, the sources, and in
-    a dry run what the caller would import."""
-    packages = [site()] if is_built() else []
+    """Of a stage's process. What was built comes first; with nothing built, the sources, and in a dry run what the
+    caller would import."""
+    packages = [site()] if is_up_to_date() else []  # never what was built from other sources
     python_path = [*packages, tools(), ROOT / "benchmarks", ROOT / "tests", *_listed("PYTHONPATH")]
     if not packages and not (FAKE and find_spec("fastloss")):  # never an older version that is installed
         python_path.append(ROOT / "python")

@@ -37,11 +37,11 @@ def profile() -> int:
             name = f"{backend}: V = {V}"
             if is_done(done.get(name)):
                 continue
-            found = None if why else _by_ncu(backend, V)
-            if found and found.get("unusable"):
-                why, found = found["unusable"], None
-            if found is None:
-                found = _by_torch(backend, V) | {"without_ncu": why}
+            found = {"ok": False, "unusable": why} if why else _by_ncu(backend, V)
+            why = found.get("unusable", why)
+            if not found["ok"]:  # the times at least; what cannot be had here is no failure
+                by_torch = _by_torch(backend, V) | {"without_ncu": why or found["error"]}
+                found = by_torch | {"ok": bool(why) and by_torch["ok"]}
             emit(name, found)
             status |= not found["ok"]
     return status
@@ -61,7 +61,7 @@ def _by_ncu(backend: str, V: int) -> dict[str, Any]:
         return {"ok": False, "by": "ncu", "error": f"took longer than {_PATIENCE} s"}
     print(done.stdout, done.stderr, flush=True)
     if reason := refusal(done.stdout + done.stderr):
-        return {"unusable": reason}
+        return {"ok": False, "unusable": reason}
     names = [line.removeprefix(FAMILY) for line in done.stdout.splitlines() if line.startswith(FAMILY)]
     families = in_families(parse(done.stdout), names)
     found: dict[str, Any] = {"ok": done.returncode == 0 and bool(families), "by": "ncu", "families": families}

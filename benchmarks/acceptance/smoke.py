@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from cases import CASES, LOSS_CASES, TOLERANCE, Case
 from check import error, to, value_and_grad
 from torch import Tensor
@@ -159,7 +160,7 @@ def _head() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _textbook_linear(x: Tensor, y: Tensor, weight: Tensor, reduction: str) -> Tensor:
-    return torch.nn.functional.cross_entropy(x @ weight.t(), y, reduction=reduction)
+    return F.cross_entropy(x @ weight.t(), y, reduction=reduction)
 
 
 def _linear(reduction: str = "mean") -> dict[str, Any]:
@@ -181,8 +182,8 @@ def _linear_per_row() -> dict[str, Any]:
 def _inplace() -> dict[str, Any]:
     """The gradient lies where the logits lay."""
     x, y = _indices(_ROWS, _ODD)
-    truth = value_and_grad(torch.nn.functional.cross_entropy, x.double(), None, y)
-    same = value_and_grad(torch.nn.functional.cross_entropy, x, None, y)
+    truth = value_and_grad(F.cross_entropy, x.double(), None, y)
+    same = value_and_grad(F.cross_entropy, x, None, y)
     leaf = x.clone().requires_grad_()
     logits = leaf * 1
     loss = fastloss.cross_entropy(logits, y, inplace=True)
@@ -206,24 +207,23 @@ def _clusters() -> dict[str, Any]:
 
 
 def _large() -> dict[str, Any]:
-    """Losses of the first, a middle and the last row, and their gradients, where offsets exceed 31 bits."""
+    """Losses and gradients of the first, a middle and the last row, where offsets exceed 31 bits: statistics and
+    gradient apart, and both in one kernel."""
     N, V = _LARGE
     x = torch.empty(N, V, dtype=torch.bfloat16, device=device).normal_().requires_grad_()
-    y = torch.randint(V, (N,), device=device)
-    loss = fastloss.cross_entropy(x, y, reduction="none")
-    loss.sum().backward()
-    grad, some = x.grad, [0, N // 2, N - 1]
-    assert grad is not None
-    truth = value_and_grad(
-        torch.nn.functional.cross_entropy,
-        x.detach()[some].double(),
-        torch.ones(3, device=device),
-        y[some],
-        reduction="none",
-    )
-    found = {"loss": error(loss.detach()[some], truth[0], 1.0), "gradient": error(grad[some], truth[1], 1.0)}
-    allowed = {"loss": 2**-7, "gradient": 2**-7}
-    return {"ok": all(found[name] <= allowed[name] for name in found), **found, "logits": N * V}
+    y, some = torch.randint(V, (N,), device=device), [0, N // 2, N - 1]
+    ones = torch.ones(3, device=device)
+    truth = value_and_grad(F.cross_entropy, x.detach()[some].double(), ones, y[some], reduction="none")
+    found: dict[str, Any] = {"logits": N * V}
+    for reduction in ("none", "sum"):
+        x.grad = None
+        loss = fastloss.cross_entropy(x, y, reduction=reduction)
+        loss.sum().backward()
+        assert x.grad is not None
+        found[f"gradient, {reduction}"] = error(x.grad[some], truth[1], 1.0)
+        if reduction == "none":
+            found["loss"] = error(loss.detach()[some], truth[0], 1.0)
+    return {"ok": all(value <= 2**-7 for name, value in found.items() if name != "logits"), **found}
 
 
 def _side_stream() -> dict[str, Any]:
@@ -236,7 +236,7 @@ def _side_stream() -> dict[str, Any]:
     occupy(50)
     with torch.cuda.stream(stream):
         late = (x.float() * 0.5).bfloat16()
-        found = compare(fastloss.cross_entropy, torch.nn.functional.cross_entropy, late, y, {})
+        found = compare(fastloss.cross_entropy, F.cross_entropy, late, y, {})
     stream.synchronize()
     synchronize()
     return found
@@ -246,7 +246,7 @@ def _fullgraph() -> dict[str, Any]:
     if FAKE:
         return {"ok": True, "note": "torch.compile knows no fake device"}
     compiled = torch.compile(lambda x, y: fastloss.cross_entropy(x, y), fullgraph=True)
-    return compare(compiled, torch.nn.functional.cross_entropy, *_indices(_ROWS, 32000), {})
+    return compare(compiled, F.cross_entropy, *_indices(_ROWS, 32000), {})
 
 
 def _alone(name: str) -> Callable[[], dict[str, Any]]:

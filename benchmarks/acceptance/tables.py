@@ -19,7 +19,7 @@ def caption(result: dict[str, Any]) -> str:
         _named("CUDA", machine.get("torch_cuda")),
         _named("Triton", packages.get("triton")),
         _named("Python", machine.get("python")),
-        _named("commit", machine.get("commit")),
+        _named("commit", machine["commit"]) if machine.get("commit") else _named("sources", machine.get("sources")),
         (machine.get("date") or "")[:10],
     ]
     text = ", ".join(filter(None, facts))
