@@ -6,6 +6,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
+import gpu_device
 import pytest
 import torch
 from cuda_engine import cuda_on_host
@@ -19,7 +20,7 @@ import fastloss
 from fastloss.backends import native
 
 ISAS = [f"cpu:{isa}" for isa in native._native.available_isas()]
-GPUS = [] if DEVICE is None else ["cuda:gpu"] if FAKE else ["cuda:gpu", "triton:gpu"]
+GPUS = [] if DEVICE is None else [f"{backend}:gpu" for backend in gpu_device.BACKENDS]
 ENGINES = [*ISAS, "cuda:host", "reference", *(pytest.param(gpu, marks=pytest.mark.gpu) for gpu in GPUS)]
 ONE_OF_EACH = ("cpu", "cuda:host", "reference")  # for what does not depend on the instruction set
 
@@ -32,7 +33,7 @@ def on_engine(name: str) -> AbstractContextManager[Any]:
     if where == "ptx":
         return emulated()
     stack = ExitStack()
-    stack.enter_context(fastloss.use_backend(backend))
+    stack.enter_context(emulated() if FAKE and name == "triton:gpu" else fastloss.use_backend(backend))
     if where == "gpu":
         stack.enter_context(OnDevice())
     elif where:

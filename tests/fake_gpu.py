@@ -37,6 +37,11 @@ def device() -> torch.device:
     return torch.device(NAME, 0)
 
 
+def on_host(x: Any) -> Any:
+    """A tensor of the device as one of the CPU that has the same memory; anything else as it is."""
+    return torch.ops.fastloss_fake_gpu.on_host(x) if isinstance(x, torch.Tensor) else x
+
+
 def _on_device(host: Any) -> types.ModuleType:
     """fastloss._cuda for the host, which says that it runs on the fake device."""
     found = types.ModuleType("fastloss._cuda")

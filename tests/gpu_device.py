@@ -1,7 +1,8 @@
 """The device of the tests marked `gpu`, and the count of kernels that they launch there.
 
 It is torch's CUDA device. With FASTLOSS_FAKE_GPU=1 it is a fake one (tests/fake_gpu.py): its memory is the host's, its
-kernels are the CUDA sources compiled for the host. So the tests themselves are tested where there is no GPU.
+kernels are the CUDA sources compiled for the host; FASTLOSS_FAKE_GPU=triton adds Triton's, as PTX in an emulator, which
+takes an hour. So the tests themselves are tested where there is no GPU.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ import torch
 
 from fastloss.backends import cuda
 
-FAKE = os.environ.get("FASTLOSS_FAKE_GPU") == "1"
+_FAKE = os.environ.get("FASTLOSS_FAKE_GPU", "0")
+FAKE = _FAKE != "0"
+BACKENDS = ("cuda",) if _FAKE == "1" else ("cuda", "triton")
 
 
 def _device() -> torch.device | None:

@@ -6,7 +6,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +14,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from gpu_device import DEVICE, FAKE
 from gpu_on_cpu import find_ptxemu
 
 import fastloss
@@ -33,12 +34,29 @@ def emulated(**options: Any) -> Iterator[list[Any]]:
         pytest.skip("triton is not installed: pip install triton")
     if find_ptxemu() is None:
         pytest.skip("executes PTX with ptxemu, which is neither installed nor in ../shared")
-    backend.device_types.add("cpu")
+    hosts = {"cpu", *([DEVICE.type] if FAKE and DEVICE is not None else [])}
+    backend.device_types.update(hosts)
     try:
-        with fastloss.use_backend("triton"), find_ptxemu().triton_emulate(check_races=True, **options) as log:
+        emulator = find_ptxemu().triton_emulate(check_races=True, **options)
+        with fastloss.use_backend("triton"), emulator as log, _of_fake_memory() if FAKE else nullcontext():
             yield log
     finally:
-        backend.device_types.discard("cpu")
+        backend.device_types.difference_update(hosts)
+
+
+@contextmanager
+def _of_fake_memory() -> Iterator[None]:
+    """Inside, what runs kernels on CPU tensors gets those that have the fake device's memory."""
+    from fake_gpu import on_host
+    from triton.runtime.jit import JITFunction
+
+    run = JITFunction.run
+
+    def with_host_memory(self: Any, *args: Any, **options: Any) -> Any:
+        return run(self, *map(on_host, args), **{name: on_host(value) for name, value in options.items()})
+
+    with patch.object(JITFunction, "run", with_host_memory):
+        yield
 
 
 class Launch(NamedTuple):

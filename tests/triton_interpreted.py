@@ -211,6 +211,17 @@ def test_a_single_candidate_is_not_timed_while_a_graph_is_captured(monkeypatch):
     assert tuning._time(torch.device("cuda"), lambda: None, (0.5, 0.2, 0.8)) == [0.0] * 3
 
 
+def test_what_finds_no_memory_to_be_timed_is_not_chosen_for_its_speed(monkeypatch):
+    """A weight's gradient of gigabytes is copied, to be given back as it was."""
+
+    def full(call, quantiles):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(tuning, "_captures", lambda device: False)
+    monkeypatch.setattr(tuning, "benchmark", full)
+    assert tuning._time(torch.device("cuda"), lambda: None, (0.5, 0.2, 0.8)) == [float("inf")] * 3
+
+
 def test_nothing_is_timed_where_results_must_not_depend_on_it():
     gpu = torch.device("cuda")
     assert tuning.is_timed(gpu) and not tuning.is_timed(torch.device("cpu"))

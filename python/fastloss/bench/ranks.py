@@ -105,8 +105,8 @@ def _measure(rank: int, store: str, rounds: int, answers: Any) -> None:
 
 
 def leave() -> NoReturn:
-    """Ends this process at once. DTensor's caches keep a process group beyond ``destroy_process_group``; a thread of Gloo
-    that then frees the last collective's tensor while Python shuts down aborts the process."""
+    """Ends this process at once. DTensor's caches keep a process group beyond ``destroy_process_group``. If a thread of
+    Gloo then frees the last collective's tensor while Python shuts down, the process is aborted."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

@@ -52,8 +52,14 @@ def is_timed(device: torch.device) -> bool:
 
 
 def _time(device: torch.device, call: Callable[[], Any], quantiles: Any) -> Any:
-    """Triton before 3.9 also times a single candidate, which waits for the device and so breaks a capture."""
-    return [0.0] * len(quantiles) if _captures(device) else benchmark(call, quantiles)
+    """Triton before 3.9 also times a single candidate, which waits for the device and so breaks a capture. Where the
+    copy that `restored` takes finds no memory, nothing is timed, and the first candidate stays."""
+    if _captures(device):
+        return [0.0] * len(quantiles)
+    try:
+        return benchmark(call, quantiles)
+    except torch.OutOfMemoryError:
+        return [float("inf")] * len(quantiles)
 
 
 def benchmark(call: Callable[[], Any], quantiles: Any) -> Any:
