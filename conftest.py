@@ -1,4 +1,4 @@
-"""`pytest --benchmark` measures: it runs benchmarks/ in place of the tests. So does `--benchmark-only` without a path."""
+"""`pytest --benchmark` measures: it runs benchmarks/, not the tests. So does `--benchmark-only` without a path."""
 
 from __future__ import annotations
 
