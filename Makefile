@@ -40,10 +40,13 @@ sanitize: $(VENV)/.test  ## the native tests under AddressSanitizer and Undefine
 	  tests/test_losses.py tests/test_matmul.py tests/test_head.py tests/test_parts.py::test_parts_that_merge_natively \
 	  -m "not slow" -k "not reference and not cuda"
 
-lint: $(VENV)/.dev  ## ruff, clang-format, mypy
+lint: $(VENV)/.dev  ## ruff, clang-format, clang-tidy, mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+	$(BIN)/clang-tidy --quiet csrc/bindings.cpp csrc/cpu/*.cpp -- -std=c++17 -Wall -Wextra -Wno-psabi \
+	  $$($(BIN)/python -m pybind11 --includes | sed 's/-I/-isystem /g') -DFASTLOSS_ISA=baseline -DFASTLOSS_ISA_NAME='""' \
+	  -DFASTLOSS_COMPILER='""' -DFASTLOSS_COMPILED_ISAS='""' -DFASTLOSS_VERSION='""'
 	$(BIN)/mypy
 
 format: $(VENV)/.dev  ## what lint would complain about, mended
