@@ -14,7 +14,7 @@ ALONE = -std=c++17 -Wall -Wextra -Werror -Wno-psabi -ffp-contract=fast -fno-math
   -DFASTLOSS_ISA=$(1) -DFASTLOSS_ISA_NAME='"$(1)"' csrc/cpu/rows.cpp tests/kernels_alone.cpp -o build/kernels_$(2)
 ON_AVX2 := on-avx2-avx512 on-avx2-avx512_bf16
 
-.PHONY: help demo train-tp test test-all sanitize lint format bench bench-quick gpu gpu-dry gpu-traffic docs wheel aarch64 avx512 $(ON_AVX2) \
+.PHONY: help demo train-tp test test-all test-fake-gpu sanitize lint format bench bench-quick gpu gpu-dry gpu-traffic docs wheel aarch64 avx512 $(ON_AVX2) \
   clean
 
 help:  ## this list
@@ -28,6 +28,9 @@ train-tp: $(VENV)/.demo  ## the same model where two processes share its vocabul
 
 test: $(VENV)/.test  ## the tests (not the ones that need minutes or many gigabytes)
 	$(BIN)/python -m pytest -m "not slow" -n logical --dist worksteal $(PYTEST_ARGS)
+
+test-fake-gpu: $(VENV)/.test  ## the tests of GPUs (pytest -m gpu), on a fake one that has the CPU's memory
+	FASTLOSS_FAKE_GPU=1 $(BIN)/python -m pytest -m "gpu and not slow" -n logical --dist worksteal $(PYTEST_ARGS)
 
 test-all: $(VENV)/.test  ## all tests
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -55,10 +58,10 @@ format: $(VENV)/.dev  ## what lint would complain about, mended
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 bench: $(VENV)/.test  ## the whole benchmark table: about five minutes
-	$(BIN)/python -m pytest benchmarks --benchmark-only
+	$(BIN)/python -m pytest --benchmark
 
 bench-quick: $(VENV)/.test  ## a smoke run of the benchmarks
-	$(BIN)/python -m pytest benchmarks --benchmark-only --quick
+	$(BIN)/python -m pytest --benchmark --quick
 
 gpu:  ## all that a GPU should tell, offline, with the Python that has torch (ARGS="--minutes 9"; FAKE=1: a dry run)
 	$(PYTHON) benchmarks/gpu_acceptance.py $(if $(FAKE),--fake) $(ARGS)
