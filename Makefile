@@ -2,6 +2,8 @@
 PYTHON ?= python3
 TEXT ?=
 LIGER ?=
+FAKE ?=
+ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc python -name '*.cpp' -o -name '*.h' -o -name '*.cu*' -o -name '*.py')
@@ -12,7 +14,7 @@ ALONE = -std=c++17 -Wall -Wextra -Werror -Wno-psabi -ffp-contract=fast -fno-math
   -DFASTLOSS_ISA=$(1) -DFASTLOSS_ISA_NAME='"$(1)"' csrc/cpu/rows.cpp tests/kernels_alone.cpp -o build/kernels_$(2)
 ON_AVX2 := on-avx2-avx512 on-avx2-avx512_bf16
 
-.PHONY: help demo train-tp test test-all sanitize lint format bench bench-quick gpu-traffic docs wheel aarch64 avx512 $(ON_AVX2) \
+.PHONY: help demo train-tp test test-all test-fake-gpu sanitize lint format bench bench-quick gpu gpu-dry gpu-traffic docs wheel aarch64 avx512 $(ON_AVX2) \
   clean
 
 help:  ## this list
@@ -27,6 +29,9 @@ train-tp: $(VENV)/.demo  ## the same model where two processes share its vocabul
 test: $(VENV)/.test  ## the tests (not the ones that need minutes or many gigabytes)
 	$(BIN)/python -m pytest -m "not slow" -n logical --dist worksteal $(PYTEST_ARGS)
 
+test-fake-gpu: $(VENV)/.test  ## the tests of GPUs (pytest -m gpu), on a fake one that has the CPU's memory
+	FASTLOSS_FAKE_GPU=1 $(BIN)/python -m pytest -m "gpu and not slow" -n logical --dist worksteal $(PYTEST_ARGS)
+
 test-all: $(VENV)/.test  ## all tests
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
@@ -38,10 +43,13 @@ sanitize: $(VENV)/.test  ## the native tests under AddressSanitizer and Undefine
 	  tests/test_losses.py tests/test_matmul.py tests/test_head.py tests/test_parts.py::test_parts_that_merge_natively \
 	  -m "not slow" -k "not reference and not cuda"
 
-lint: $(VENV)/.dev  ## ruff, clang-format, mypy
+lint: $(VENV)/.dev  ## ruff, clang-format, clang-tidy, mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+	$(BIN)/clang-tidy --quiet csrc/bindings.cpp csrc/cpu/*.cpp -- -std=c++17 -Wall -Wextra -Wno-psabi \
+	  $$($(BIN)/python -m pybind11 --includes | sed 's/-I/-isystem /g') -DFASTLOSS_ISA=baseline -DFASTLOSS_ISA_NAME='""' \
+	  -DFASTLOSS_COMPILER='""' -DFASTLOSS_COMPILED_ISAS='""' -DFASTLOSS_VERSION='""'
 	$(BIN)/mypy
 
 format: $(VENV)/.dev  ## what lint would complain about, mended
@@ -50,10 +58,16 @@ format: $(VENV)/.dev  ## what lint would complain about, mended
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 bench: $(VENV)/.test  ## the whole benchmark table: about five minutes
-	$(BIN)/python -m pytest benchmarks --benchmark-only
+	$(BIN)/python -m pytest --benchmark
 
 bench-quick: $(VENV)/.test  ## a smoke run of the benchmarks
-	$(BIN)/python -m pytest benchmarks --benchmark-only --quick
+	$(BIN)/python -m pytest --benchmark --quick
+
+gpu:  ## all that a GPU should tell, offline, with the Python that has torch (ARGS="--minutes 9"; FAKE=1: a dry run)
+	$(PYTHON) benchmarks/gpu_acceptance.py $(if $(FAKE),--fake) $(ARGS)
+
+gpu-dry:  ## the same as a dry run, on the fake device of the tests
+	$(MAKE) gpu FAKE=1
 
 gpu-traffic: $(VENV)/.test  ## count what the GPU kernels execute and move, without a GPU (LIGER=folder: beside Liger's)
 	$(BIN)/python benchmarks/gpu_traffic.py $(if $(LIGER),--liger "$(LIGER)")

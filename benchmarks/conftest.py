@@ -1,4 +1,4 @@
-"""pytest benchmarks --benchmark-only: fastloss.bench's table under pytest-benchmark, and its report at the end."""
+"""pytest --benchmark: fastloss.bench's table under pytest-benchmark, and its report at the end."""
 
 from __future__ import annotations
 
@@ -16,14 +16,6 @@ from fastloss.bench.devices import Unavailable, open_device
 from fastloss.bench.report import Report
 
 _REPORT = pytest.StashKey[Report]()
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    group = parser.getgroup("fastloss")
-    group.addoption("--quick", action="store_true", help="small shapes, few rounds: a smoke test, no measurement")
-    group.addoption("--no-compile", action="store_true", help="leave out torch.compile")
-    group.addoption("--device", default="cpu", help="cpu, cuda, cuda:1, xpu: where to measure (default: cpu)")
-    group.addoption("--report-dir", default="out/bench", help="for report.json and report.png (default: out/bench)")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -31,6 +31,7 @@ import triton_engine
 from gpu_on_cpu import find_ptxemu
 
 SECTOR = 32  # bytes
+CPU = torch.device("cpu")
 MANY = 4096  # rows of a real step, over which the kernels that run once a call are counted
 STEP, TWO, PER_ROW, FORWARD = "loss + gradient", "loss + gradient, on-chip path off", "row_stats + row_grad", "forward"
 LONG = 32000
@@ -210,7 +211,7 @@ def count(work: Work) -> Count:
     x = torch.randn(work.N, work.V, generator=generator).to(work.dtype)
     case = Case(work.loss, work.dtype_name, work.N, work.V, work.way != FORWARD)
     torch.manual_seed(21)  # target logits that are not the logits
-    y, made = LOSSES[work.loss].target(case), LOSSES[work.loss].arguments(case)
+    y, made = LOSSES[work.loss].target(case, CPU), LOSSES[work.loss].arguments(case, CPU)
     leaf = x.clone().requires_grad_(work.way != FORWARD)
     ours = fastloss.cross_entropy if work.loss == "plain" else LOSSES[work.loss].ours
     loss: Callable[..., Tensor] = _liger if work.engine == "liger" else ours

@@ -15,6 +15,23 @@ from fastloss.backends import native
 from fastloss.linear import upstream
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    session.config.stash[_STATUS] = int(exitstatus)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """The fake device's thread of autograd may free a tensor while Python shuts down, which aborts the process."""
+    if gpu_device.FAKE and _STATUS in config.stash and not hasattr(config, "workerinput"):
+        from fastloss.bench.ranks import leave
+
+        leave(config.stash[_STATUS])
+
+
+_STATUS = pytest.StashKey[int]()
+
+
 @pytest.fixture(autouse=True)
 def _same_numbers() -> None:
     """Samples that torch's own material draws from the global generator: the same in every run, alone or not."""

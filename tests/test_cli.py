@@ -441,3 +441,201 @@ def test_table_for_accelerators():
     for dtype in ("bfloat16", "float32"):
         for N, V in (16384, 32000), (8192, 128256), (4096, 262144):
             assert {c.backward for c in table if (c.dtype, c.N, c.V, c.loss) == (dtype, N, V, "plain")} == {True, False}
+
+
+def test_inputs_of_the_benchmark_lie_on_its_device():
+    """All of them: they were on the CPU whatever the device, and no case could run on a GPU."""
+    pytest.importorskip("psutil")
+    from fastloss.bench.cases import Case, inputs
+    from fastloss.bench.losses import LOSSES
+
+    for loss in LOSSES:
+        case = Case(loss, "bfloat16", 16, 1000, True, H=32 if loss == "linear" else 0)
+        x, target, arguments = inputs(case, device=torch.device("meta"))
+        tensors = [x, target, *(value for value in arguments.values() if isinstance(value, torch.Tensor))]
+        assert {tensor.device.type for tensor in tensors} == {"meta"}, loss
+
+
+def test_linear_losses_in_the_table_for_accelerators(fake):
+    """In two shapes of today's models; their memory counts logits and all that lies beside the weight."""
+    from fastloss.bench import cases, measure
+
+    linear = [case for case in cases.cases(accelerator=True) if case.H]
+    shapes = {(8192, 4096, 128256), (4096, 2048, 151936)}
+    assert (
+        {(c.N, c.H, c.V) for c in linear if c.backward} == {(c.N, c.H, c.V) for c in linear if not c.backward} == shapes
+    )
+    assert {case.dtype for case in linear} == {"bfloat16"} and {case.loss for case in linear} == {"linear"}
+    large = next(case for case in linear if case.backward and case.H == 4096)
+    said = measure.not_enough_memory(large, fake.device)
+    assert float(said.split()[1]) >= (9 * 8192 * 128256 * 2 + 128256 * 4096 * (2 + 2 + 4)) / 2**30 - 0.1
+    forward = next(case for case in linear if not case.backward and case.H == 4096)
+    assert float(measure.not_enough_memory(forward, fake.device).split()[1]) < float(said.split()[1])
+
+
+@pytest.mark.parametrize("backward", [True, False])
+def test_bench_of_a_linear_loss_on_a_device(fake, monkeypatch, tmp_path, capsys, backward):
+    """A row for each backend; the floor is the matmuls of all rows in the case's dtype."""
+    from fastloss.bench import cases, measure, records
+
+    case = cases.Case("linear", "bfloat16", 16, 500, backward, H=8, compiled=False)
+    monkeypatch.setattr(cases, "cases", lambda quick, accelerator: [case])
+    monkeypatch.setattr(records, "RECORDS", {})
+    floors, fastest = [], measure.fastest_product
+    monkeypatch.setattr(measure, "fastest_product", lambda x, w, on: floors.append((x, w)) or fastest(x, w, on))
+    assert bench.main(quick=True, out=str(tmp_path), compiled=False, device="cuda") == 0
+    ((x, weight),) = floors
+    assert x.shape == (16, 8) and weight.shape == (500, 8) and x.dtype == weight.dtype == torch.bfloat16
+    (found,) = json.loads((tmp_path / "report.json").read_text())["cases"]
+    assert found["fastloss"] == {"fastloss": "cuda", "fastloss, triton": "triton"}
+    assert found["flop"] == 2 * 16 * 8 * 500 * (3 if backward else 1)
+    assert {"fastloss", "fastloss, triton", "torch", "floor"} <= set(found["seconds"])
+    printed = capsys.readouterr().out
+    assert "triton" in printed and "backend" in printed and "16x8x500" in printed
+
+
+# ---- bench --only and --resume ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_table(fake, monkeypatch):
+    """Three cases and two records; the list of those that were measured."""
+    from fastloss.bench import cases, measure, records
+
+    table = [
+        cases.Case("plain", "float32", 8, 1000, True),
+        cases.Case("plain", "bfloat16", 8, 1000, True),
+        cases.Case("linear", "float32", 8, 1000, True, H=8),
+    ]
+    monkeypatch.setattr(cases, "cases", lambda quick, accelerator: table)
+    measured, run_case = [], measure.run
+    monkeypatch.setattr(measure, "run", lambda case, *rest: measured.append(case.name) or run_case(case, *rest))
+    made = {
+        name: (lambda settings, device, name=name: measured.append(name) or [{"case": 1}])
+        for name in ("error", "import time")
+    }
+    monkeypatch.setattr(records, "RECORDS", made)
+    monkeypatch.setattr("fastloss.bench.report._record_met", lambda name, row: None)
+    return measured
+
+
+def bench_there(folder: Path, **options: Any) -> int:
+    return bench.main(quick=True, out=str(folder), compiled=False, device="cuda", **options)
+
+
+@pytest.mark.parametrize(
+    ("only", "expected"),
+    [
+        ("plain", ["forward+backward-plain-float32-8x1000", "forward+backward-plain-bfloat16-8x1000"]),
+        ("^linear, float32 8x8x", ["forward+backward-linear-float32-8x8x1000"]),  # as it is printed
+        ("bfloat16|error", ["forward+backward-plain-bfloat16-8x1000", "error"]),
+        ("import", ["import time"]),
+    ],
+)
+def test_bench_only(small_table, tmp_path, only, expected):
+    assert bench_there(tmp_path, only=only) == 0
+    assert small_table == expected
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [*(case["name"] for case in report["cases"]), *report["records"]] == expected
+
+
+@pytest.mark.parametrize(
+    ("only", "says"),
+    [
+        ("nothing like it", "matches no case and no record; there are, among others: forward+"),
+        ("(", "is no regular expression"),
+    ],
+)
+def test_bench_only_refuses(small_table, tmp_path, capsys, only, says):
+    assert bench_there(tmp_path, only=only) == 1
+    said = capsys.readouterr().err
+    assert says in said and len(said.splitlines()) == 1 and not small_table
+    assert not list(tmp_path.iterdir())
+
+
+def test_bench_resumes(small_table, tmp_path):
+    """What was measured stays with its numbers, what failed or was not reached is measured, in the table's order."""
+    assert bench_there(tmp_path, only="bfloat16|error") == 0
+    before = json.loads((tmp_path / "report.json").read_text())
+    small_table.clear()
+    assert bench_there(tmp_path, resume=True) == 0
+    assert small_table == [
+        "forward+backward-plain-float32-8x1000",
+        "forward+backward-linear-float32-8x8x1000",
+        "import time",
+    ]
+    after = json.loads((tmp_path / "report.json").read_text())
+    assert [case["name"].split("-")[1:3] for case in after["cases"]] == [
+        ["plain", "float32"], ["plain", "bfloat16"], ["linear", "float32"]
+    ]  # fmt: skip
+    assert after["cases"][1] == before["cases"][0] and set(after["records"]) == {"error", "import time"}
+    small_table.clear()
+    assert bench_there(tmp_path, resume=True) == 0 and not small_table
+    assert json.loads((tmp_path / "report.json").read_text())["cases"] == after["cases"]
+
+
+def test_bench_resumes_nothing_at_first(small_table, tmp_path):
+    assert bench_there(tmp_path / "new", resume=True, only="error") == 0
+    assert small_table == ["error"]
+
+
+def test_bench_resumes_what_failed(small_table, tmp_path, monkeypatch):
+    from fastloss.bench import measure
+
+    run_case = measure.run
+
+    def run(case, *rest):
+        if case.dtype == "bfloat16":
+            raise torch.OutOfMemoryError("tried to allocate too much")
+        return run_case(case, *rest)
+
+    monkeypatch.setattr(measure, "run", run)
+    assert bench_there(tmp_path) == 1
+    monkeypatch.setattr(measure, "run", run_case)
+    small_table.clear()
+    assert bench_there(tmp_path, resume=True) == 0
+    assert small_table == ["forward+backward-plain-bfloat16-8x1000"]
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["skipped"] == {} and len(report["cases"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "value"),
+    [
+        ("settings", "rounds", 51),
+        ("build", "torch", "1.0"),
+        ("machine", "device", "cuda: another"),
+        ("settings", "device", "cpu"),
+    ],
+)
+def test_bench_does_not_resume_another_measurement(small_table, tmp_path, capsys, where, name, value):
+    assert bench_there(tmp_path, only="error") == 0
+    path = tmp_path / "report.json"
+    report = json.loads(path.read_text())
+    report[where][name] = value
+    path.write_text(json.dumps(report))
+    small_table.clear()
+    capsys.readouterr()
+    assert bench_there(tmp_path, resume=True) == 1
+    said = capsys.readouterr().err
+    assert f"{name} was {value}, and is " in said and "--out" in said and not small_table
+    assert json.loads(path.read_text()) == report
+
+
+def test_bench_does_not_resume_what_is_no_report(small_table, tmp_path, capsys):
+    (tmp_path / "report.json").write_text('{"cases": [')
+    assert bench_there(tmp_path, resume=True) == 1
+    assert "is no report of a benchmark" in capsys.readouterr().err
+
+
+def test_bench_takes_only_and_resume(monkeypatch):
+    from fastloss.__main__ import main
+
+    given = []
+    monkeypatch.setattr(bench, "main", lambda *arguments: given.append(arguments) or 0)
+    assert main(["bench", "--only", "plain", "--resume", "--device", "cuda:1", "--no-compile"]) == 0
+    assert main(["bench"]) == 0
+    assert given == [
+        (False, "out/bench", None, False, "cuda:1", "plain", True),
+        (False, "out/bench", None, True, "cpu", None, False),
+    ]

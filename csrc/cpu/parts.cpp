@@ -80,7 +80,8 @@ Whole merge_row(int64_t parts, std::vector<double>& e, Of&& of) {
                        : nothing(r) ? INFINITY
                                     : (centre - of(r, kPartCentre)) + (whole.log_sum - of(r, kPartLogSum));
     whole.mass += mass;
-    whole.loss += mass * gap + times(mass, centre - centre);  // NaN where there is no class at all
+    // NaN where there is no class at all: infinity less infinity.
+    whole.loss += mass * gap + times(mass, centre - centre);  // NOLINT(misc-redundant-expression)
   }
   return whole;
 }

@@ -169,7 +169,7 @@ void merge_states(const double* a, const double* b, double* out, int64_t N) {
 }
 
 template <class F>
-constexpr Kernels kernels_in() {
+constexpr Kernels kernels_in() noexcept {
   return {FASTLOSS_ISA_NAME, row_states<F>,    merge_states, row_loss<F>,
           row_grad<F>,       row_loss_grad<F>, matmul<F>,    head_loss<F>};
 }

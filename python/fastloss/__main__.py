@@ -26,6 +26,8 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument("--out", default="out/bench", metavar="DIR", help="for report.json and report.png (%(default)s)")
     bench.add_argument("--threads", type=_positive, metavar="N", help="threads (default: torch.get_num_threads())")
     bench.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, xpu: where to measure (%(default)s)")
+    bench.add_argument("--only", metavar="REGEX", help="measure what has it in its name: cases, and records as 'error'")
+    bench.add_argument("--resume", action="store_true", help="keep what report.json in --out has, measure the rest")
     bench.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which needs a C++ compiler")
     return parser
 
@@ -41,8 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.command == "bench":
         from . import bench
 
-        compiled = not arguments.no_compile
-        return bench.main(arguments.quick, arguments.out, arguments.threads, compiled, arguments.device)
+        a = arguments
+        return bench.main(a.quick, a.out, a.threads, not a.no_compile, a.device, a.only, a.resume)
     parser.print_help()
     return 0
 

@@ -48,7 +48,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         self.inplace = inplace
         self.return_stats = return_stats
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input: Tensor,
         target: Tensor,
@@ -124,7 +124,7 @@ class LinearCrossEntropyLoss(torch.nn.modules.loss._WeightedLoss):
     ) -> Any:
         """See `fastloss.linear_cross_entropy`: a Tensor, or with return_stats (Tensor, CrossEntropyStats)."""
         shape, bias = (self.num_classes, *self.out_features), self.linear.bias
-        return linear_cross_entropy(  # type: ignore[call-overload,misc]
+        return linear_cross_entropy(
             input,
             self.linear.weight.reshape(*shape, self.linear.in_features),
             target,

@@ -28,8 +28,10 @@ class Settings:
     device: str = "cpu"
 
     def rounds_of(self, case: Case) -> int:
-        """Matrix products take seconds, and are less noisy for it."""
-        return min(3, self.rounds) if case.H and self.device == "cpu" else self.rounds
+        """Matmuls take seconds on a CPU and tenths of one elsewhere, and are less noisy for it."""
+        if not case.H:
+            return self.rounds
+        return min(3 if self.device == "cpu" else 15, self.rounds)
 
     @classmethod
     def of(cls, quick: bool, compiled: bool, device: str) -> Settings:
@@ -101,6 +103,11 @@ class Inputs(NamedTuple):
         for tensor in self._learned():
             tensor.grad = None
 
+    def read_bytes(self, case: Case) -> int:
+        """Of what a loss reads and a cache may keep: logits or hidden states, targets of their size, and the weight."""
+        target = self.target.nbytes if LOSSES[case.loss].dense else 0
+        return self.x.nbytes + target + (self.arguments["linear_weight"].nbytes if case.H else 0)
+
     def grad_bytes(self) -> int:
         return sum(tensor.grad.nbytes for tensor in self._learned() if tensor.grad is not None)
 
@@ -108,10 +115,9 @@ class Inputs(NamedTuple):
 def inputs(case: Case, seed: int = 0, device: torch.device | None = None) -> Inputs:
     """Logits (N, V), or hidden states (N, H), that require a gradient where one is measured; target (N,) or (N, V)."""
     torch.manual_seed(seed)
-    loss = LOSSES[case.loss]
-    with torch.device(device or "cpu"):
-        x = torch.empty(case.N, case.H or case.V, dtype=case.torch_dtype(), device="cpu").normal_()
-        return Inputs(x.requires_grad_(case.backward), loss.target(case), loss.arguments(case))
+    loss, device = LOSSES[case.loss], device or torch.device("cpu")
+    x = torch.empty(case.N, case.H or case.V, dtype=case.torch_dtype(), device=device).normal_()
+    return Inputs(x.requires_grad_(case.backward), loss.target(case, device), loss.arguments(case, device))
 
 
 _SHAPES = ((4096, 32000), (1024, 128256), (512, 262144))
@@ -127,6 +133,7 @@ _OTHERS = {
     "pointer-generator": 8,
 }
 _LINEAR_SHAPES = ((1024, 1024, 32000), (1024, 768, 128256), (4096, 512, 50257))
+_ACCELERATOR_LINEAR_SHAPES = ((8192, 4096, 128256), (4096, 2048, 151936))
 _HUGE_PAGES = (("THP_MEM_ALLOC_ENABLE", "1"),)
 
 
@@ -169,7 +176,13 @@ def _accelerator() -> list[Case]:
         for dtype in ("bfloat16", "float32")
         for N, V in _ACCELERATOR_SHAPES
     ]
-    return [*plain, *(Case(loss, "bfloat16", 8192, 32000, True) for loss in (*_OPTIONS, *_OTHERS))]
+    others = [Case(loss, "bfloat16", 8192, 32000, True) for loss in (*_OPTIONS, *_OTHERS)]
+    linear = [
+        Case("linear", "bfloat16", N, V, backward, H=H)
+        for backward in (True, False)
+        for N, H, V in _ACCELERATOR_LINEAR_SHAPES
+    ]
+    return [*plain, *others, *linear]
 
 
 def _plain_target(dtype: str, backward: bool) -> Target:

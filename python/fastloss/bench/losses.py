@@ -18,24 +18,25 @@ if TYPE_CHECKING:
 K = 64  # of a teacher's classes that were stored
 SOURCE = 400  # words that can be copied, as in See et al. 2017
 UNKNOWN = 20  # of them outside the vocabulary
+Place = torch.device  # a field of Loss is called torch
 
 
-def _random_indices(case: Case) -> Tensor:
-    return torch.randint(case.V, (case.N,), device="cpu")
+def _random_indices(case: Case, device: torch.device) -> Tensor:
+    return torch.randint(case.V, (case.N,), device=device)
 
 
-def _random_logits(case: Case) -> Tensor:
-    return torch.empty(case.N, case.V, dtype=case.torch_dtype(), device="cpu").normal_()
+def _random_logits(case: Case, device: torch.device) -> Tensor:
+    return torch.empty(case.N, case.V, dtype=case.torch_dtype(), device=device).normal_()
 
 
 class Loss(NamedTuple):
-    """Both take (logits, target, **arguments) and return a scalar. `dense`: the target is as large as the logits.
-    `memory`: the logits' bytes that torch's takes at its peak."""
+    """Both take (logits, target, **arguments) and return a scalar. `arguments` and `target` are made on a device.
+    `dense`: the target is as large as the logits. `memory`: the logits' bytes that torch's takes at its peak."""
 
     torch: Callable[..., Tensor]
     ours: Callable[..., Tensor] = fastloss.cross_entropy
-    arguments: Callable[[Case], dict[str, Any]] = lambda case: {}
-    target: Callable[[Case], Tensor] = _random_indices
+    arguments: Callable[[Case, Place], dict[str, Any]] = lambda case, device: {}
+    target: Callable[[Case, Place], Tensor] = _random_indices
     dense: bool = False
     memory: int = 9
 
@@ -99,6 +100,13 @@ def chunked(x: Tensor, target: Tensor, linear_weight: Tensor) -> Tensor:
     return F.linear_cross_entropy(x, linear_weight, target, options=options)
 
 
+def liger_linear(x: Tensor, target: Tensor, linear_weight: Tensor) -> Tensor:
+    """Liger-Kernel's fused linear cross-entropy."""
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    return liger_fused_linear_cross_entropy(x, linear_weight, target)
+
+
 # ---- fastloss's, where it is not one call ----------------------------------------------------------------------------
 
 
@@ -120,51 +128,66 @@ def _pointer_generator(x: Tensor, target: Tensor, attention: Tensor, **arguments
 # ---- their inputs ---------------------------------------------------------------------------------------------------
 
 
-def _topk_probs(case: Case) -> dict[str, Any]:
-    return {"probs": torch.rand(case.N, K, device="cpu").softmax(-1) * 0.9}
+def _random_probs(case: Case, device: torch.device) -> Tensor:
+    return _random_logits(case, device).softmax(-1)
 
 
-def _topk_indices(case: Case) -> Tensor:
+def _topk_probs(case: Case, device: torch.device) -> dict[str, Any]:
+    return {"probs": torch.rand(case.N, K, device=device).softmax(-1) * 0.9}
+
+
+def _topk_probs_and_tail(case: Case, device: torch.device) -> dict[str, Any]:
+    return {**_topk_probs(case, device), "tail": "lump"}
+
+
+def _topk_indices(case: Case, device: torch.device) -> Tensor:
     """Distinct in each row."""
-    return (torch.randint(case.V, (case.N, 1), device="cpu") + torch.arange(K, device="cpu") * (case.V // K)) % case.V
+    return (torch.randint(case.V, (case.N, 1), device=device) + torch.arange(K, device=device) * (case.V // K)) % case.V
 
 
-def _linear_weight(case: Case) -> dict[str, Any]:
-    weight = torch.empty(case.V, case.H, dtype=case.torch_dtype(), device="cpu").normal_(std=case.H**-0.5)
+def _linear_weight(case: Case, device: torch.device) -> dict[str, Any]:
+    weight = torch.empty(case.V, case.H, dtype=case.torch_dtype(), device=device).normal_(std=case.H**-0.5)
     return {"linear_weight": weight.requires_grad_(case.backward)}
 
 
-def _words(case: Case) -> Tensor:
-    return torch.randint(case.V + UNKNOWN, (case.N,), device="cpu")
+def _words(case: Case, device: torch.device) -> Tensor:
+    return torch.randint(case.V + UNKNOWN, (case.N,), device=device)
 
 
-def _article(case: Case) -> dict[str, Any]:
+def _article(case: Case, device: torch.device) -> dict[str, Any]:
     B = min(8, case.N)
     T = case.N // B
     return {
-        "gate_logit": torch.randn(B, T, device="cpu"),
-        "attention": torch.rand(B, T, SOURCE, device="cpu").softmax(-1),
-        "source_ids": torch.randint(case.V + UNKNOWN, (B, SOURCE), device="cpu"),
+        "gate_logit": torch.randn(B, T, device=device),
+        "attention": torch.rand(B, T, SOURCE, device=device).softmax(-1),
+        "source_ids": torch.randint(case.V + UNKNOWN, (B, SOURCE), device=device),
         "eps": 1e-12,
     }
 
 
 LOSSES = {
     "plain": Loss(F.cross_entropy),
-    "label smoothing": Loss(F.cross_entropy, arguments=lambda case: {"label_smoothing": 0.1}),
+    "label smoothing": Loss(F.cross_entropy, arguments=lambda case, device: {"label_smoothing": 0.1}),
     "class weights": Loss(
-        F.cross_entropy, arguments=lambda case: {"weight": torch.rand(case.V, device="cpu").to(case.torch_dtype())}
+        F.cross_entropy,
+        arguments=lambda case, device: {"weight": torch.rand(case.V, device=device).to(case.torch_dtype())},
     ),
-    "probabilities": Loss(F.cross_entropy, target=lambda case: _random_logits(case).softmax(-1), dense=True, memory=12),
-    "softcap + z-loss": Loss(softcapped, arguments=lambda case: {"softcap": 30.0, "z_loss": 1e-4}, memory=14),
+    "probabilities": Loss(
+        F.cross_entropy, target=lambda case, device: _random_logits(case, device).softmax(-1), dense=True, memory=12
+    ),
+    "softcap + z-loss": Loss(softcapped, arguments=lambda case, device: {"softcap": 30.0, "z_loss": 1e-4}, memory=14),
     "forward KL": Loss(forward_kl, fastloss.kl_div_with_logits, target=_random_logits, dense=True, memory=14),
     "reverse KL": Loss(
-        reverse_kl, fastloss.kl_div_with_logits, lambda case: {"direction": "reverse"}, _random_logits, True, 14
+        reverse_kl, fastloss.kl_div_with_logits, lambda case, device: {"direction": "reverse"}, _random_logits, True, 14
     ),
-    "JS": Loss(js, fastloss.js_div_with_logits, lambda case: {"beta": 0.5}, _random_logits, True, 24),
+    "JS": Loss(js, fastloss.js_div_with_logits, lambda case, device: {"beta": 0.5}, _random_logits, True, 24),
     "top-k KL": Loss(topk_kl, fastloss.topk_kl_div, _topk_probs, _topk_indices, memory=14),
     "top-k KL, lumped tail": Loss(
-        topk_kl, fastloss.topk_kl_div, lambda case: {**_topk_probs(case), "tail": "lump"}, _topk_indices, memory=14
+        topk_kl,
+        fastloss.topk_kl_div,
+        lambda case, device: {**_topk_probs(case, device), "tail": "lump"},
+        _topk_indices,
+        memory=14,
     ),
     "log-prob + entropy": Loss(log_prob_and_entropy, _log_prob_and_entropy, memory=14),
     "linear": Loss(linear_then_loss, linear, _linear_weight),

@@ -16,7 +16,7 @@ import fastloss
 
 from .cases import CHUNKED, COMPILE, EAGER, FASTLOSS, FLOOR, FRESH_COPY, LIGER, LOSSES, Case, Inputs, Settings, inputs
 from .devices import Device, nothing
-from .losses import chunked
+from .losses import chunked, liger_linear
 
 _PATIENCE = 60.0  # seconds; what would take longer is said to, and left out
 
@@ -81,9 +81,12 @@ class Result:
 
 def not_enough_memory(case: Case, device: Device) -> str | None:
     """Why the case cannot be measured here: its tensors and torch's copies of them would not fit."""
-    copies = LOSSES[case.loss].memory
-    nbytes = case.N * case.V * case.torch_dtype().itemsize
-    needed = nbytes * (copies + device.copies(nbytes) - 1)
+    size = case.torch_dtype().itemsize
+    logits, weight = case.N * case.V * size, case.V * case.H * size
+    # Of a weight: its gradient, that of the floor, and sums of one in float32 beside their conversion.
+    layer = weight * (3 if case.backward else 1) + (8 * case.V * case.H if case.backward else 0)
+    rotated = weight + case.N * case.H * size if case.H else logits
+    needed = logits * LOSSES[case.loss].memory + layer + rotated * (device.copies(rotated) - 1)
     available = device.available_bytes()
     if needed <= available:
         return None
@@ -125,7 +128,7 @@ class Race:
 
     def __post_init__(self) -> None:
         first = inputs(self.case, device=self.device.device)
-        read = first.x.nbytes + (first.target.nbytes if LOSSES[self.case.loss].dense else 0)
+        read = first.read_bytes(self.case)
         more = [inputs(self.case, seed, self.device.device) for seed in range(1, self.device.copies(read))]
         self.data = Rotation([first, *more])
         self.work = read + (first.x.nbytes if self.case.backward else 0)
@@ -229,6 +232,8 @@ class Race:
         return self._step(compiled)
 
     def _liger(self) -> Alternative:
+        if self.case.H:
+            return self._step(liger_linear)
         if LOSSES[self.case.loss].ours is not fastloss.cross_entropy:
             raise NotImplementedError("only its cross-entropy is compared")
         from liger_kernel.transformers.functional import liger_cross_entropy
@@ -241,13 +246,16 @@ class Race:
         return self._step(liger_cross_entropy, lambda: mine.data.copy_(first.x), data)
 
     def _products(self) -> dict[str, Alternative]:
-        """The products that a loss of hidden states cannot do without, by the fastest library call found here: chunks
-        of float32 rows."""
-        case, N = self.case, min(512, self.case.N)
+        """The matmuls that a loss of hidden states cannot do without, by the fastest library call found here: on CPUs
+        of chunks of float32 rows, since 16-bit ones may take minutes there; elsewhere of all rows in the case's own
+        dtype."""
+        case, on = self.case, self.device
         count = 3 if case.backward else 1
         self.work = 2 * case.N * case.H * case.V * count
-        x, weight = torch.randn(N, case.H, device="cpu"), torch.randn(case.V, case.H, device="cpu")
-        self.floor, product = fastest_product(x, weight, self.device)
+        N, dtype = (case.N, case.torch_dtype()) if on.accelerator else (min(512, case.N), torch.float32)
+        x = torch.randn(N, case.H, device=on.device, dtype=dtype)
+        weight = torch.randn(case.V, case.H, device=on.device, dtype=dtype)
+        self.floor, product = fastest_product(x, weight, on)
         return {FLOOR: Alternative(lambda: [product() for _ in range(count * case.N // N)], self.data.forget)}
 
     def _floors(self) -> dict[str, Alternative]:
@@ -289,7 +297,7 @@ def fastest_read(x: Tensor, device: Device) -> tuple[str, Callable[[Tensor], obj
 
 
 def fastest_product(x: Tensor, weight: Tensor, device: Device) -> tuple[str, Callable[[], object]]:
-    """The fastest of the products of a head, (N, H) and (V, H) in float32, as torch computes it on this machine."""
+    """The fastest matmul of an LM head, hidden states (N, H) and weight (V, H), as torch computes it on the device."""
     logits, hidden, grad = x @ weight.t(), torch.empty_like(x), torch.zeros_like(weight)
     products: dict[str, Callable[[Tensor], object]] = {
         "torch.mm(x, weight.T)": lambda x: torch.mm(x, weight.t(), out=logits),

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..doctor import build_facts, machine_facts
-from .cases import CHUNKED, COMPILE, EAGER, FASTLOSS, FLOOR, FRESH_COPY, LIGER, Settings
+from .cases import CHUNKED, COMPILE, EAGER, FASTLOSS, FLOOR, FRESH_COPY, LIGER, Case, Settings
 from .devices import Device
 from .measure import Result
 
@@ -63,6 +63,11 @@ class Report:
     def add(self, result: Result) -> None:
         self.results.append(result)
 
+    def sort(self, table: list[Case]) -> None:
+        """Into the table's order, whichever were measured first."""
+        order = {case.name: place for place, case in enumerate(table)}
+        self.results.sort(key=lambda result: order[result.case.name])
+
     def as_dict(self) -> dict[str, Any]:
         """Everything, as plain values."""
         return {
@@ -92,7 +97,9 @@ class Report:
     def write_json(self, folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "report.json"
-        path.write_text(json.dumps(self.as_dict(), indent=1) + "\n")
+        part = folder / "report.json.part"
+        part.write_text(json.dumps(self.as_dict(), indent=1) + "\n")
+        part.replace(path)  # who is interrupted here leaves the last one
         return path
 
     def show(self, console: Console | None = None) -> None:
@@ -114,7 +121,7 @@ class Report:
                 chosen = [r for r in self.results if r.case.work == work and bool(r.case.H) == linear]
                 if chosen:
                     console.print(f"\n{title}")
-                    console.print(_linear_table(chosen) if linear else _case_table(work, chosen, differ_in))
+                    console.print(_linear_table(chosen, differ_in) if linear else _case_table(work, chosen, differ_in))
         for name, rows in self.records.items():
             console.print(f"\n{_TITLES[name]}", highlight=False)
             console.print(_record_table(name, rows))
@@ -182,31 +189,33 @@ def _case_table(work: str, results: list[Result], differ_in: str | None) -> Tabl
     return table
 
 
-def _linear_table(results: list[Result]) -> Table:
-    """The floor is that of the matrix products; `compile` in the targets stands for torch's own chunked loss."""
+def _linear_table(results: list[Result], differ_in: str | None) -> Table:
+    """The floor is that of the matmuls; `compile` in the targets stands for torch's own chunked loss."""
+    others = {"torch": EAGER, "compile": COMPILE, "chunked": CHUNKED, "liger": LIGER}
+    always = ("torch", "chunked")
+    shown = [n for n, key in others.items() if n in always or any(key in result.seconds for result in results)]
     table = Table(pad_edge=False)
-    for name in (
+    left = ("case", "backend", "targets", "the floor is")
+    names = [
         "case",
+        *(["backend"] if differ_in == "backend" else []),
         "fastloss",
-        "torch",
-        "x",
-        "chunked",
-        "x",
-        "floor",
-        "of floor",
-        "GFLOP/s",
-        "targets",
-        "the floor is",
-    ):
-        table.add_column(name, justify="left" if name in ("case", "targets", "the floor is") else "right", no_wrap=True)
+        *[m for n in shown for m in (n, "x")],
+    ]
+    for name in [*names, "floor", "of floor", "GFLOP/s", "targets", "the floor is"]:
+        table.add_column(name, justify="left" if name in left else "right", no_wrap=True)
     for result in results:
-        target, rate = result.case.target, result.rate()
-        row = [f"{result.case.dtype} {result.case.shape}", _ms(result.median(FASTLOSS))]
-        row += [_ms(result.median(EAGER)), _mark(result.ratio(EAGER), target.eager, "{:.2f}")]
-        row += [_ms(result.median(CHUNKED)), _mark(result.ratio(CHUNKED), target.compile, "{:.1f}")]
-        row += [_ms(result.median(FLOOR)), _mark(result.ratio(FLOOR), target.floor, "{:.2f}"), f"{rate:.0f}"]
-        targets = ", ".join("-" if limit is None else f"{limit:g}" for limit in target)
-        table.add_row(*row, targets, result.floor)
+        target = result.case.target
+        limits = {"torch": target.eager, "chunked": target.compile}
+        for regime, label in result.labels.items():
+            row = [f"{result.case.dtype} {result.case.shape}", *([label] if "backend" in names else [])]
+            row.append(_ms(result.median(regime)))
+            for name in shown:
+                ratio = _mark(result.ratio(others[name], regime), limits.get(name), "{:.2f}")
+                row += [_ms(result.median(others[name])), ratio]
+            row += [_ms(result.median(FLOOR)), _mark(result.ratio(FLOOR, regime), target.floor, "{:.2f}")]
+            row += [f"{result.rate(regime):.0f}", ", ".join("-" if limit is None else f"{limit:g}" for limit in target)]
+            table.add_row(*row, result.floor)
     return table
 
 
