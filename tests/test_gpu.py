@@ -17,6 +17,7 @@ from on_gpu import here, in_own_process, keep_busy, side_stream, size, there
 from torch import Tensor
 
 import fastloss
+from fastloss import arguments
 
 if DEVICE is None:
     pytest.skip("torch sees no GPU", allow_module_level=True)
@@ -146,8 +147,10 @@ def test_tensors_that_are_not_on_the_current_device(gpu_backend: str, generator:
 
 
 @pytest.fixture
-def in_this_process() -> Iterator[None]:
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As many compiling processes as cores, beside each worker of these tests, are too many."""
+    # torch before 2.12 cannot be asked about the fake device's autocast while it compiles.
+    monkeypatch.setattr(arguments, "_KNOWN_DEVICES", arguments._KNOWN_DEVICES | {DEVICE.type})
     with torch._inductor.config.patch(compile_threads=1):
         yield
 

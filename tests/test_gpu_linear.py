@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from cases import CASES
 from engines import OnDevice
 from gpu_device import BACKENDS, DEVICE, FAKE
-from on_gpu import here, size, there
+from on_gpu import here, in_own_process, size, there
 from torch import Tensor
 
 import fastloss
@@ -80,33 +80,41 @@ def test_what_filter_eps_leaves_out(gpu_backend: str, generator: torch.Generator
     assert found[None][1][left_out].any() and found[eps][1][left_out].any() != filters
 
 
-@pytest.mark.skipif(FAKE or not HEADS, reason="nothing is timed without Triton, or on the fake device")
-def test_timed_shapes_and_others(gpu_backend: str, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Deterministic algorithms time nothing; what is timed, and what was chosen, compute the same."""
+def under_both() -> list[list[list[Tensor]]]:
+    """Results with deterministic algorithms, when shapes are timed, and when they have been."""
     from fastloss.backends.triton.head_kernels import head_grad, head_states, kept_product
 
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch asks of cuBLAS to be deterministic
-    tuned = head_states, head_grad, kept_product
-    for kernel in tuned:
-        monkeypatch.setattr(kernel, "tuners", {})
-    call = linear_calls.Call(CASES[1], 300, 4099, torch.bfloat16, generator)
-    moved, upstream = there(call), torch.rand(300, generator=generator)
+    call, upstream = there(call_and_upstream())
 
     def results() -> list[list[Tensor]]:
         limit = {"max_chunk_bytes": 1 << 20}  # chunks: a product adds to what others left
-        reduced = linear_calls.results(moved.ours, moved.head, None, filter_eps=1e-7, **limit)
-        return [reduced, linear_calls.results(moved.ours, moved.head, there(upstream), reduction="none", **limit)]
+        reduced = linear_calls.results(call.ours, call.head, None, filter_eps=1e-7, **limit)
+        return here([reduced, linear_calls.results(call.ours, call.head, upstream, reduction="none", **limit)])
 
+    tuned = head_states, head_grad, kept_product
     torch.use_deterministic_algorithms(True)
-    try:
-        found = [results()]
-        assert not any(kernel.tuners for kernel in tuned)
-    finally:
-        torch.use_deterministic_algorithms(False)
+    found = [results()]
+    assert not any(kernel.tuners for kernel in tuned)
+    torch.use_deterministic_algorithms(False)
     found += [results(), results()]
     assert all(kernel.tuners for kernel in tuned)
+    return found
+
+
+def call_and_upstream() -> tuple[linear_calls.Call, Tensor]:
+    g = torch.Generator().manual_seed(5)
+    return linear_calls.Call(CASES[1], 300, 4099, torch.bfloat16, g), torch.rand(300, generator=g)
+
+
+@pytest.mark.skipif(FAKE or not HEADS, reason="nothing is timed without Triton, or on the fake device")
+def test_timed_shapes_and_others(gpu_backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Deterministic algorithms time nothing; what is timed, and what was chosen, compute the same."""
+    # In a process of its own: what torch asks of cuBLAS to be deterministic, it reads once.
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    found = in_own_process(gpu_backend, under_both)
+    call, upstream = call_and_upstream()
     for reduced, each in found:
-        linear_calls.assert_as_good_as_torch(call, None, here(reduced))
-        linear_calls.assert_as_good_as_torch(call, upstream, here(each), reduction="none")
+        linear_calls.assert_as_good_as_torch(call, None, reduced)
+        linear_calls.assert_as_good_as_torch(call, upstream, each, reduction="none")
     for a, b in zip(found[1], found[2], strict=True):
         assert all(torch.equal(s, t) for s, t in zip(a, b, strict=True))
