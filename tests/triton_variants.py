@@ -3,8 +3,8 @@
     FASTLOSS_FAKE_GPU=1 python -m pytest -p triton_variants -m gpu -k triton tests
 
 Launches of the triton backend are written down, each with what Triton compiles a kernel for; what they would compute is
-computed by the CUDA sources on the fake device, so that tests go on. Those fail that look at what Triton alone does, such
-as which tiles it leaves out; processes of their own are not seen.
+computed by the CUDA sources on the fake device, so that tests go on. Those fail that look at what Triton alone does,
+such as which tiles it leaves out; processes of their own are not seen.
 """
 
 from __future__ import annotations
