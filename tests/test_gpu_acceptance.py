@@ -515,7 +515,7 @@ def test_suite_of_a_device_is_all_tests_marked_gpu(tmp_path, monkeypatch):
     """With what is installed there: workers, a limit for each test."""
     monkeypatch.setattr(suite, "FAKE", False)
     monkeypatch.setattr(suite.os, "cpu_count", lambda: 16)
-    for present, options in ((True, ["-n", "8", "--timeout", "120"]), (False, [])):
+    for present, options in ((True, ["-n", "12", "--timeout", "120"]), (False, [])):
         monkeypatch.setattr(suite, "find_spec", lambda name, present=present: object() if present else None)
         command = suite.pytest_command(tmp_path / "junit.xml")
         assert command[-3:] == ["--junitxml", str(tmp_path / "junit.xml"), "tests"]

@@ -47,7 +47,7 @@ from triton_engine import in_shapes, taking_turns
 import fastloss
 from fastloss.backends import device
 from fastloss.backends import triton as backend
-from fastloss.backends.triton import heads, tuning
+from fastloss.backends.triton import capture, heads, tuning
 from fastloss.backends.triton.head_kernels import head_grad, head_states, kept_product
 
 TUNED = head_states, head_grad, kept_product
@@ -209,6 +209,27 @@ def test_a_single_candidate_is_not_timed_while_a_graph_is_captured(monkeypatch):
     monkeypatch.setattr(tuning, "captures", lambda device: True)
     monkeypatch.setattr(tuning, "benchmark", lambda call, quantiles: pytest.fail("timed"))
     assert tuning._time(torch.device("cuda"), lambda: None, (0.5, 0.2, 0.8)) == [0.0] * 3
+
+
+class _Driver:
+    """Of NVIDIA: the calling thread's capture mode, by the one function that exchanges it."""
+
+    mode = 0
+
+    def cuThreadExchangeStreamCaptureMode(self, pointer):
+        pointer._obj.value, self.mode = self.mode, pointer._obj.value
+
+
+def test_kernels_may_be_loaded_while_a_graph_is_captured(monkeypatch):
+    driver = _Driver()
+    monkeypatch.setattr(capture, "_driver", lambda: driver)
+    with pytest.raises(KeyError), capture.loading_allowed():
+        assert driver.mode == 2
+        raise KeyError
+    assert driver.mode == 0
+    monkeypatch.setattr(capture, "_driver", lambda: None)
+    with capture.loading_allowed():
+        pass
 
 
 def test_what_finds_no_memory_to_be_timed_is_not_chosen_for_its_speed(monkeypatch):

@@ -15,7 +15,7 @@ from typing import Any
 from .places import FAKE, ROOT, build_folder
 from .results import emit, pipe_descriptors
 
-_WORKERS = 8
+_WORKERS = 12
 _MESSAGE = 600  # characters of a failure that are kept
 _CLEANUP = 20  # seconds before the stage's limit, for junit.xml
 # Of a dry run: enough to see that tests reach the device. FASTLOSS_GPU_TESTS names others.

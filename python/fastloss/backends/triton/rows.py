@@ -6,7 +6,7 @@ Slices depend on the classes and the dtype alone: a row's bits must not depend o
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -16,8 +16,9 @@ from torch import Tensor
 
 from ...spec import Objective, Rows
 from ...strides import count_rows, lines_of
-from ..device import Upstream
+from ..device import Upstream, captures
 from . import row_kernels
+from .capture import loading_allowed
 from .row_kernels import kernel, line
 
 # debug: an index out of range is an error, as in torch's own kernels. The rest only where it would change bits or warn.
@@ -30,7 +31,15 @@ _MANY = 1024  # elements of a block of the kernels over N
 
 def on(x: Tensor) -> AbstractContextManager[Any]:
     """Triton launches on the current device."""
-    return nullcontext() if x.device.type == "cpu" else getattr(torch, x.device.type).device(x.device)
+    if x.device.type == "cpu":
+        return nullcontext()
+    there: AbstractContextManager[Any] = getattr(torch, x.device.type).device(x.device)
+    if not captures(x.device):
+        return there
+    stack = ExitStack()
+    stack.enter_context(there)
+    stack.enter_context(loading_allowed())
+    return stack
 
 
 def elements_of(dtype: torch.dtype, wanted: int) -> int:
