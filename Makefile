@@ -35,7 +35,7 @@ sanitize: $(VENV)/.test  ## the native tests under AddressSanitizer and Undefine
 	  -C cmake.define.FASTLOSS_CUDA=OFF -C build-dir=build/sanitize/objects .
 	PYTHONPATH=$(SANITIZED) LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc $(BIN)/python -m pytest -q tests/test_native.py tests/test_numerics.py \
-	  tests/test_losses.py tests/test_matmul.py tests/test_head.py tests/test_parts.py::test_parts_that_merge_natively \
+	  tests/test_losses.py tests/test_matmul.py tests/test_head.py tests/test_any_cut.py::test_parts_that_merge_natively \
 	  -m "not slow" -k "not reference and not cuda"
 
 lint: $(VENV)/.dev  ## ruff, clang-format, mypy

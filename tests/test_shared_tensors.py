@@ -14,8 +14,6 @@ from torch import Tensor
 import fastloss
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:.torch.jit.script. is deprecated:DeprecationWarning",
-    "ignore:.torch.jit.script_method. is deprecated:DeprecationWarning",
     "ignore:.class 'torch.autograd.function.Function'. should not be instantiated:DeprecationWarning",
     "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",
 )
