@@ -2,6 +2,7 @@
 PYTHON ?= python3
 TEXT ?=
 LIGER ?=
+NOX_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc python -name '*.cpp' -o -name '*.h' -o -name '*.cu*' -o -name '*.py')
@@ -12,7 +13,7 @@ ALONE = -std=c++17 -Wall -Wextra -Werror -Wno-psabi -ffp-contract=fast -fno-math
   -DFASTLOSS_ISA=$(1) -DFASTLOSS_ISA_NAME='"$(1)"' csrc/cpu/rows.cpp tests/kernels_alone.cpp -o build/kernels_$(2)
 ON_AVX2 := on-avx2-avx512 on-avx2-avx512_bf16
 
-.PHONY: help demo train-tp test test-all sanitize lint format bench bench-quick gpu-traffic docs wheel aarch64 avx512 $(ON_AVX2) \
+.PHONY: help demo train-tp test test-all sanitize lint format bench bench-quick gpu-traffic versions docs wheel aarch64 avx512 $(ON_AVX2) \
   clean
 
 help:  ## this list
@@ -57,6 +58,9 @@ bench-quick: $(VENV)/.test  ## a smoke run of the benchmarks
 
 gpu-traffic: $(VENV)/.test  ## count what the GPU kernels execute and move, without a GPU (LIGER=folder: beside Liger's)
 	$(BIN)/python benchmarks/gpu_traffic.py $(if $(LIGER),--liger "$(LIGER)")
+
+versions: $(VENV)/.dev  ## the core of the tests on the oldest and the newest Python, torch and Triton (NOX_ARGS="-R --envdir DIR")
+	$(BIN)/nox $(NOX_ARGS)
 
 docs: $(VENV)/.dev  ## the generated part of README.md
 	$(BIN)/python docs/feature_table.py README.md

@@ -15,8 +15,14 @@ OPTIONAL = ["hypothesis", "expecttest", "numpy", "psutil", "pybind11", "rich", "
 OPTIONAL += ["triton", "xdist", "pytest_benchmark"]
 COLLECT = """
 import sys
-for name in sys.argv[2:]:
-    sys.modules[name] = None
+from importlib.machinery import PathFinder
+
+class Without(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.partition(".")[0] in sys.argv[2:] else super().find_spec(name, path, target)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = Without
 import pytest
 sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "--collect-only", "-m", "gpu", sys.argv[1]]))
 """

@@ -21,7 +21,7 @@ from test_numerics import (  # noqa: F401
     test_target_on_a_masked_class,
 )
 from test_strides import test_cases as test_views  # noqa: F401
-from triton_engine import TARGETS, compiled, emulated, launches, make_rows, resources
+from triton_engine import TARGETS, assert_spills, compiled, emulated, launches, make_rows, resources
 
 import fastloss
 from fastloss.backends import device
@@ -354,12 +354,13 @@ def _everything(name: str, dtype: torch.dtype):
 )
 @pytest.mark.parametrize("name", VARIANTS)
 def test_compiled(name, target, dtype):
-    """No register is spilled, two blocks of any kernel but the widest fit a multiprocessor, accesses are 16 bytes."""
+    """No register is spilled but those of SPILLS, two blocks of any kernel but the widest fit a multiprocessor, accesses
+    are 16 bytes."""
     for launch in _everything(name, dtype):
         kernel = compiled(launch, target)
         used = resources(kernel)
         which = launch.kernel.__name__
-        assert used.spilled == 0, (which, used)
+        assert_spills(used, launch, target, f"{name}, {dtype}")
         assert used.registers * 32 * launch.options["num_warps"] <= 65536, (which, used)
         if "ptx" in kernel.asm and dtype != torch.float64 and which not in OVER_N:
             assert "ld.global.v4.b32" in kernel.asm["ptx"], which

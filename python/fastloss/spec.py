@@ -82,8 +82,8 @@ class Rows(NamedTuple):
     def compute_dtype(self) -> torch.dtype:
         return COMPUTE_DTYPE[self.input.dtype]
 
-    @property
     def tensors(self) -> tuple[Tensor | None, ...]:
+        """No property: torch 2.9 cannot trace one of a named tuple."""
         return self.input, self.target, self.weight, self.probs
 
     @property

@@ -27,7 +27,7 @@ def takes(rows: Rows, to: Reduction, shard: VocabShard) -> bool:
         return False
     size = rows.N * native.PART_COLUMNS * rows.compute_dtype.itemsize
     fits = shard.part.size > 0 and shard.ranks > 1 and size <= BLOCK_BYTES - HEADER_BYTES
-    return fits and eager(*rows.tensors, divisor) and choose(rows).name == "cpu"
+    return fits and eager(*rows.tensors(), divisor) and choose(rows).name == "cpu"
 
 
 def _over(total: float, divisor: float) -> float:
