@@ -354,8 +354,8 @@ def _everything(name: str, dtype: torch.dtype):
 )
 @pytest.mark.parametrize("name", VARIANTS)
 def test_compiled(name, target, dtype):
-    """No register is spilled but those of SPILLS, two blocks of any kernel but the widest fit a multiprocessor, accesses
-    are 16 bytes."""
+    """Two blocks of any kernel but the widest fit a multiprocessor, accesses are 16 bytes. No register is spilled but
+    those of SPILLS."""
     for launch in _everything(name, dtype):
         kernel = compiled(launch, target)
         used = resources(kernel)

@@ -64,6 +64,6 @@ class PlainReduced(torch.autograd.Function):
 
 def reduced(rows: Rows, to: Reduction, shard: VocabShard, inplace: bool) -> Tensor:
     """The loss as `to` says."""
-    check_padding(rows.V, shard)
+    check_padding(rows.input.shape[-1], shard)
     loss: Tensor = PlainReduced.apply(rows.input, (rows, to, shard, inplace))
     return loss
