@@ -55,7 +55,7 @@ def check(ours: Any, torchs: Any, tensors: list[Tensor], wanted: list[bool], nam
         *(outcome(torchs, tensors, wanted, d) for d in (None, torch.float64)),
     )
     # What float64 itself rounds, where a bias sets all logits far from zero.
-    largest = [float(t.abs().max()) for t in tensors if t.is_floating_point() and t.numel()]
+    largest = [float(t.detach().abs().max()) for t in tensors if t.is_floating_point() and t.numel()]
     noise = torch.finfo(torch.float64).eps * max(1.0, *largest)
     for a, b, t in zip(got, same, exact, strict=True):
         assert a.shape == b.shape and a.dtype == b.dtype, name
