@@ -4,6 +4,7 @@ TEXT ?=
 LIGER ?=
 FAKE ?=
 ARGS ?=
+NOX_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc python -name '*.cpp' -o -name '*.h' -o -name '*.cu*' -o -name '*.py')
@@ -14,7 +15,8 @@ ALONE = -std=c++17 -Wall -Wextra -Werror -Wno-psabi -ffp-contract=fast -fno-math
   -DFASTLOSS_ISA=$(1) -DFASTLOSS_ISA_NAME='"$(1)"' csrc/cpu/rows.cpp tests/kernels_alone.cpp -o build/kernels_$(2)
 ON_AVX2 := on-avx2-avx512 on-avx2-avx512_bf16
 
-.PHONY: help demo train-tp test test-all test-fake-gpu sanitize lint format bench bench-quick gpu gpu-dry gpu-traffic docs wheel aarch64 avx512 $(ON_AVX2) \
+.PHONY: help demo train-tp test test-all test-fake-gpu sanitize lint format bench bench-quick \
+  gpu gpu-dry gpu-traffic versions docs wheel aarch64 avx512 $(ON_AVX2) \
   clean
 
 help:  ## this list
@@ -40,7 +42,7 @@ sanitize: $(VENV)/.test  ## the native tests under AddressSanitizer and Undefine
 	  -C cmake.define.FASTLOSS_CUDA=OFF -C build-dir=build/sanitize/objects .
 	PYTHONPATH=$(SANITIZED) LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc $(BIN)/python -m pytest -q tests/test_native.py tests/test_numerics.py \
-	  tests/test_losses.py tests/test_matmul.py tests/test_head.py tests/test_parts.py::test_parts_that_merge_natively \
+	  tests/test_losses.py tests/test_matmul.py tests/test_head.py tests/test_any_cut.py::test_parts_that_merge_natively \
 	  -m "not slow" -k "not reference and not cuda"
 
 lint: $(VENV)/.dev  ## ruff, clang-format, clang-tidy, mypy
@@ -71,6 +73,9 @@ gpu-dry:  ## the same as a dry run, on the fake device of the tests
 
 gpu-traffic: $(VENV)/.test  ## count what the GPU kernels execute and move, without a GPU (LIGER=folder: beside Liger's)
 	$(BIN)/python benchmarks/gpu_traffic.py $(if $(LIGER),--liger "$(LIGER)")
+
+versions: $(VENV)/.dev  ## the core of the tests on the oldest and the newest Python, torch and Triton (NOX_ARGS="-R --envdir DIR")
+	$(BIN)/nox $(NOX_ARGS)
 
 docs: $(VENV)/.dev  ## the generated part of README.md
 	$(BIN)/python docs/feature_table.py README.md

@@ -9,9 +9,9 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from importlib.util import find_spec
 from typing import Any
 
-import numpy as np
 import torch
 from cuda_engine import BUILD, ELEMENTS, SOURCES, cuda_on_host, element_flags, fingerprint
 from gpu_on_cpu import find_ptxemu
@@ -19,6 +19,8 @@ from gpu_on_cpu import find_ptxemu
 
 def missing() -> str | None:
     """What is not on this machine; None if kernels can be compiled and executed."""
+    if find_spec("numpy") is None:
+        return "numpy is not installed"
     if find_ptxemu() is None:
         return "ptxemu is not on the path"
     return None if shutil.which("nvcc") else "nvcc is not installed"
@@ -52,6 +54,7 @@ def _module(name: str, arch: str) -> Any:
 def _memory(constants: Any, tensors: list[torch.Tensor]) -> Any:
     """Emulated memory in which an address is what it is on the host; only a module's constants and these tensors are
     there."""
+    import numpy as np
     from ptxemu.memory import Buffer, GlobalMem
 
     class HostMemory(GlobalMem):
@@ -89,6 +92,8 @@ class Emulator:
             self.tensors.setdefault(_data_ptr(tensor), []).append(tensor.detach())
 
     def __call__(self, kernel: str, grid: int, block: int, cluster: int, shared: int, params: bytes) -> None:
+        import numpy as np
+
         name = next(name for name in ELEMENTS if f"cuda_{name}" in kernel)
         module = _module(name, self.arch)
         words = np.frombuffer(params, np.uint64).tolist()

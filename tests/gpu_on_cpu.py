@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
@@ -11,7 +12,10 @@ _BESIDE = Path(__file__).resolve().parents[2] / "shared"
 
 
 def find_ptxemu() -> ModuleType | None:
-    """ptxemu, which executes PTX on the CPU: as installed, or from the folder `shared` beside this repository."""
+    """ptxemu, which executes PTX on the CPU: as installed, or from the folder `shared` beside this repository. None
+    where it is not, or where NumPy is not, which it needs."""
+    if find_spec("numpy") is None:
+        return None
     try:
         return importlib.import_module("ptxemu")
     except ImportError:

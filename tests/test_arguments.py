@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from engines import ONE_OF_EACH, on_engine
@@ -310,14 +309,13 @@ def test_token_weights_of_any_dtype(name: str, dtype: torch.dtype) -> None:
     torch.testing.assert_close(found, want)
 
 
-@pytest.mark.parametrize(
-    "kind", [np.float16, np.float32, np.float64, np.int8, np.uint16, np.int64, np.uint64, np.bool_]
-)
+@pytest.mark.parametrize("kind", ["float16", "float32", "float64", "int8", "uint16", "int64", "uint64", "bool_"])
 @pytest.mark.parametrize("name", [n for n, t in ARGUMENTS if t == "normalizer"])
-def test_normalizers_of_numpy(name: str, kind: Any) -> None:
+def test_normalizers_of_numpy(name: str, kind: str) -> None:
     function, make = CALLS[name]
-    found = outputs(function(**{**make(), "normalizer": kind(5)}))
-    want = outputs(function(**{**make(), "normalizer": float(kind(5))}))
+    five = getattr(pytest.importorskip("numpy"), kind)(5)
+    found = outputs(function(**{**make(), "normalizer": five}))
+    want = outputs(function(**{**make(), "normalizer": float(five)}))
     torch.testing.assert_close(found, want, rtol=0, atol=0)
 
 

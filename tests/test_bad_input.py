@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterator
 from fractions import Fraction
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import fastloss
+
+np = pytest.importorskip("numpy")
 
 N, V = 3, 5
 BACKENDS = ("cpu", "reference")

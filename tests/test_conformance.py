@@ -25,11 +25,7 @@ try:
 except ImportError as error:  # private, and different in every torch
     pytest.skip(f"torch.testing._internal of torch {torch.__version__}: {error}", allow_module_level=True)
 
-pytestmark = [
-    # torch's own vmap and forward AD still script their decompositions when they are first used.
-    pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning"),
-    pytest.mark.usefixtures("one_thread"),
-]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 ISAS = _native.available_isas()
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

@@ -14,8 +14,6 @@ import fastloss
 
 pytestmark = pytest.mark.filterwarnings(
     # torch's compiler still uses what torch itself deprecates,
-    "ignore:.torch.jit.script. is deprecated:DeprecationWarning",
-    "ignore:.torch.jit.script_method. is deprecated:DeprecationWarning",
     "ignore:.class 'torch.autograd.function.Function'. should not be instantiated:DeprecationWarning",
     # and Dynamo reads the .grad of every input, also of those that are not leaves.
     "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",

@@ -10,11 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from engines import ONE_OF_EACH, on_engine
-from hypothesis import HealthCheck, assume, given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 import fastloss
+
+pytest.importorskip("hypothesis")
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

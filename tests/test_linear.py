@@ -367,8 +367,6 @@ def test_second_derivatives(generator):
         assert torch.autograd.gradgradcheck(call.ours, leaves)
 
 
-# torch's own forward AD still scripts its decompositions when they are first used.
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 def test_functional_transforms(generator):
     for case in CASES[1], LOSS_CASES[0]:
         call = Call(case, 4, 11, torch.float64, generator)

@@ -7,14 +7,16 @@ import os
 import subprocess
 import sys
 
-import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import given, settings
 
 import fastloss
 from fastloss.backends import native
 from fastloss.spec import Reduction, Rows, Spec
+
+pytest.importorskip("hypothesis")
+import hypothesis.strategies as st
+from hypothesis import given, settings
 
 _native = native._native
 

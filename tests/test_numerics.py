@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import psutil
 import pytest
 import torch
 import torch.nn.functional as F
@@ -188,6 +187,7 @@ def test_log_probabilities_are_never_positive(engine, generator):
 @pytest.mark.slow
 def test_more_than_2_31_elements(generator):
     """Offsets beyond 32 bits: the last rows are as right as the first."""
+    psutil = pytest.importorskip("psutil")
     N, V = 8200, 262145
     if psutil.virtual_memory().available < 2.2 * N * V * 2:
         pytest.skip("needs 10 GB of free memory")

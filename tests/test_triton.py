@@ -21,7 +21,7 @@ from test_numerics import (  # noqa: F401
     test_target_on_a_masked_class,
 )
 from test_strides import test_cases as test_views  # noqa: F401
-from triton_engine import TARGETS, compiled, emulated, launches, make_rows, resources
+from triton_engine import TARGETS, assert_spills, compiled, emulated, launches, make_rows, resources
 
 import fastloss
 from fastloss.backends import device
@@ -42,9 +42,29 @@ def engine(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
+def _interpreter_fails() -> str | None:
+    """Why no kernel with a loop can be interpreted; None where it can."""
+    if find_spec("numpy") is None:
+        return "Triton's interpreter needs NumPy"
+    import numpy
+    import triton
+
+    older = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
+    if older and numpy.lib.NumpyVersion(numpy.__version__) >= "2.4.0":
+        return (
+            f"the interpreter of Triton {triton.__version__} makes integers of arrays, which NumPy "
+            f"{numpy.__version__} refuses: needs Triton 3.7 or NumPy below 2.4"
+        )
+    return None
+
+
 @pytest.fixture(scope="module")
-def interpreted() -> Iterator[subprocess.Popen[str]]:
-    """Another Python with the tests in Triton's interpreter, on the second core meanwhile."""
+def interpreted() -> Iterator[subprocess.Popen[str] | None]:
+    """Another Python with the tests in Triton's interpreter, on the second core meanwhile. None where it cannot run
+    them."""
+    if _interpreter_fails():
+        yield None
+        return
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", HERE / "triton_interpreted.py"]
     with subprocess.Popen(
         command,
@@ -334,12 +354,13 @@ def _everything(name: str, dtype: torch.dtype):
 )
 @pytest.mark.parametrize("name", VARIANTS)
 def test_compiled(name, target, dtype):
-    """No register is spilled, two blocks of any kernel but the widest fit a multiprocessor, accesses are 16 bytes."""
+    """Two blocks of any kernel but the widest fit a multiprocessor, accesses are 16 bytes. No register is spilled but
+    those of SPILLS."""
     for launch in _everything(name, dtype):
         kernel = compiled(launch, target)
         used = resources(kernel)
         which = launch.kernel.__name__
-        assert used.spilled == 0, (which, used)
+        assert_spills(used, launch, target, f"{name}, {dtype}")
         assert used.registers * 32 * launch.options["num_warps"] <= 65536, (which, used)
         if "ptx" in kernel.asm and dtype != torch.float64 and which not in OVER_N:
             assert "ld.global.v4.b32" in kernel.asm["ptx"], which
@@ -351,6 +372,8 @@ def test_compiled(name, target, dtype):
 
 def test_interpreted(interpreted):
     """The case table and the numerics in Triton's interpreter: see triton_interpreted.py."""
+    if interpreted is None:
+        pytest.skip(_interpreter_fails())
     output = interpreted.communicate()[0]
     assert interpreted.returncode == 0, output[-6000:]
 

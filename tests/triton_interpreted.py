@@ -54,6 +54,7 @@ TUNED = head_states, head_grad, kept_product
 pytestmark = [
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy's, of infinities and NaN
+    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),  # NumPy's, of Triton before 3.7
     pytest.mark.usefixtures("one_thread", "truncated_bfloat16"),
 ]
 

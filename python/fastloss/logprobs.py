@@ -74,7 +74,7 @@ def row_stats(
     rows = _stats_rows(input, target, row_mask, (ignore_index, temperature, softcap, logit_scale))
     shape = input.shape[:-1]
     if target is None and input.shape[-1] == 0 and shard is None:  # no class to list
-        lse = input.to(rows.compute_dtype).logsumexp(-1)
+        lse = input.to(COMPUTE_DTYPE[rows.input.dtype]).logsumexp(-1)
         lse = lse if row_mask is None else torch.where(row_mask, lse, 0)
         return RowStats(lse, None, None, lse - lse, torch.zeros_like(lse, dtype=torch.int64), None)
     row = row_losses(rows, extras=True, shard=shard)

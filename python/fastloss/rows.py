@@ -182,14 +182,14 @@ def call_row_loss(rows: Rows, extras: bool, whole: Tensor | None = None) -> tupl
     """Losses, statistics, argmax and rank, through the dispatcher only where someone listens there. `whole`: see
     native.row_loss."""
     given = () if whole is None else (whole,)
-    if eager(*rows.tensors):
+    if eager(*rows.tensors()):
         return choose(rows).row_loss(rows, extras, *given)
     return torch.ops.fastloss.row_loss(*_flat(rows), extras, *given)
 
 
 def call_row_grad(rows: Rows, stats: Tensor, upstream: list[Tensor | None], out: Tensor | None = None) -> Tensor:
     """The gradient from the statistics, likewise."""
-    if eager(*rows.tensors):
+    if eager(*rows.tensors()):
         return choose(rows).row_grad(rows, stats, upstream, out)
     return torch.ops.fastloss.row_grad(*_flat(rows), stats, upstream)
 
@@ -385,7 +385,7 @@ def _refuse_inplace_twice(misused: bool) -> None:
 
 def reduced(rows: Rows, to: Reduction, inplace: bool = False) -> Tensor | None:
     """The mean or summed loss in one pass; None where only `per_row` will do."""
-    if not eager(*rows.tensors, to.token_weight, to.normalizer):
+    if not eager(*rows.tensors(), to.token_weight, to.normalizer):
         return None
     backend = choose(rows)
     if backend.row_loss_grad is None:

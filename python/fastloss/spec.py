@@ -70,7 +70,9 @@ class Spec(NamedTuple):
 class Rows(NamedTuple):
     """Rows of logits (N, V) and their targets: class indices (N,) or (N, K) int64, with the `probs` (N, K) of the
     latter; class probabilities (N, V); or target logits (N, V). Class weights (V,). What is (N, V) may also be
-    (..., V), of N rows in row-major order: as it came, so that views are read where they lie."""
+    (..., V), of N rows in row-major order: as it came, so that views are read where they lie.
+
+    Code that torch.compile traces reads no property of it: torch 2.9 cannot, of a named tuple."""
 
     input: Tensor
     target: Tensor
@@ -82,7 +84,6 @@ class Rows(NamedTuple):
     def compute_dtype(self) -> torch.dtype:
         return COMPUTE_DTYPE[self.input.dtype]
 
-    @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         return self.input, self.target, self.weight, self.probs
 

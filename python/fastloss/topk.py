@@ -15,7 +15,7 @@ from .evaluate import reduced_loss
 from .parallel import VocabShard
 from .public import public_loss
 from .reduction import reduce_rows
-from .spec import Objective, Reduction, Rows, make_spec
+from .spec import COMPUTE_DTYPE, Objective, Reduction, Rows, make_spec
 from .strides import count_rows
 
 _TAILS = {"ignore": Objective.TOPK, "lump": Objective.TOPK_TAIL}
@@ -115,7 +115,7 @@ def topk_kl_div(
 
 def less_entropy(reduced: Callable[[Any, Reduction], Tensor], given: Any, rows: Rows, to: Reduction) -> Tensor:
     """The cross-entropy `reduced(given, to)` less the entropy of the rows' target, rounded after the difference."""
-    exact = to._replace(dtype=rows.compute_dtype)
+    exact = to._replace(dtype=COMPUTE_DTYPE[rows.input.dtype])
     return (reduced(given, exact) - reduce_rows(_entropy(rows), rows, exact)).to(to.dtype)
 
 

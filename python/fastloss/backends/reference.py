@@ -16,6 +16,7 @@ from torch import Tensor
 from ..reduction import rows_that_count, valid_rows
 from ..saved import savable
 from ..spec import COMPUTE_DTYPE, Objective, Rows, Spec
+from ..strides import count_rows
 
 ROUNDING = 1e-5  # what is left of one may be rounding; of a tail without classes it would weigh infinitely
 
@@ -188,18 +189,18 @@ def _target_log_probs(rows: Rows) -> Tensor:
 
 
 def _target_logits(rows: Rows) -> Tensor:
-    return rows.target.to(rows.compute_dtype) * rows.spec.target_scale
+    return rows.target.to(COMPUTE_DTYPE[rows.input.dtype]) * rows.spec.target_scale
 
 
 def _class_weights(rows: Rows) -> Tensor | None:
-    return None if rows.weight is None else savable(rows.weight).to(rows.compute_dtype)
+    return None if rows.weight is None else savable(rows.weight).to(COMPUTE_DTYPE[rows.input.dtype])
 
 
 def listed(rows: Rows) -> tuple[Tensor, Tensor]:
     """The class indices of a top-k target and their probabilities, (N, K); what is ignored has none."""
     assert rows.probs is not None
     valid = rows.target != rows.spec.ignore_index
-    return torch.where(valid, rows.target, 0), torch.where(valid, rows.probs.to(rows.compute_dtype), 0)
+    return torch.where(valid, rows.target, 0), torch.where(valid, rows.probs.to(COMPUTE_DTYPE[rows.input.dtype]), 0)
 
 
 def _smoothed(loss: Tensor, weight: Tensor | None, spec: Spec, log_p: Tensor) -> Tensor:
@@ -249,8 +250,8 @@ def argmax(rows: Rows) -> Tensor:
 def target_logits(rows: Rows) -> Tensor:
     """The transformed logit of each row's class index, (N,), as it was read; 0 where that is ignored."""
     valid = rows.target != rows.spec.ignore_index
-    if not rows.V:
-        return torch.zeros_like(rows.target, dtype=rows.compute_dtype)
+    if not rows.input.shape[-1]:
+        return torch.zeros_like(rows.target, dtype=COMPUTE_DTYPE[rows.input.dtype])
     x_y = rows.logits_of(torch.where(valid, rows.target, 0)[:, None])[:, 0]
     return torch.where(valid, transform(x_y, rows.spec), 0)
 
@@ -268,12 +269,12 @@ def _mass(rows: Rows) -> Tensor:
     """The total weight that a row's loss puts on -log p: the T of docs/math.md."""
     spec, w = rows.spec, _class_weights(rows)
     if spec.objective == Objective.PROBS:
-        return smooth_probs(rows.target.to(rows.compute_dtype), w, spec).sum(-1)
+        return smooth_probs(rows.target.to(COMPUTE_DTYPE[rows.input.dtype]), w, spec).sum(-1)
     valid = valid_rows(rows)
     if valid is None:
-        return rows.input.new_ones(rows.N, dtype=rows.compute_dtype)
+        return rows.input.new_ones(count_rows(rows.input), dtype=COMPUTE_DTYPE[rows.input.dtype])
     if spec.objective == Objective.INDEX:
-        mass = valid.to(rows.compute_dtype) if w is None else w[torch.where(valid, rows.target, 0)]
+        mass = valid.to(COMPUTE_DTYPE[rows.input.dtype]) if w is None else w[torch.where(valid, rows.target, 0)]
     else:
         indices, q = listed(rows)
         mass = (q if w is None else q * w[indices]).sum(-1)
@@ -290,7 +291,7 @@ def row_grad(rows: Rows, stats: Tensor, upstream: list[Tensor | None], out: Tens
         result = row_result(rows._replace(input=x))
         pairs = [(r, g) for r, g in zip(result, upstream, strict=True) if g is not None]
         (dx,) = torch.autograd.grad([r for r, _ in pairs], x, [g.to(r.dtype) for r, g in pairs])
-    asked = torch.zeros(rows.N, dtype=torch.bool, device=dx.device)
+    asked = torch.zeros(count_rows(rows.input), dtype=torch.bool, device=dx.device)
     for g in (g for _, g in pairs):
         asked = asked | (g != 0)
     valid = valid_rows(rows)

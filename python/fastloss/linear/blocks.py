@@ -85,7 +85,7 @@ def weight_grads(
 ) -> list[Tensor]:
     """Of weight and bias of a part of the classes, those `given` has, from upstream gradients of an Outcome's first
     four."""
-    head, dtype = given.head, COMPUTE_DTYPE[given.head.dtype]
+    head, dtype = given.head, COMPUTE_DTYPE[given.head.dtype()]
     _, *shapes = head.grad_shapes(needs)
     weight = empty(shapes[0], head.weight.dtype, head.hidden.device)
     bias = torch.empty(shapes[1], dtype=dtype, device=head.hidden.device)
@@ -131,7 +131,7 @@ def _rows_of(given: LinearRows, part: Part, block: Part) -> LinearRows:
     target = rows.target if rows.spec.objective.indexed else rows.target[..., classes]
     weight = None if rows.weight is None else rows.weight[classes]
     local = rows_of(rows._replace(input=rows.input[:, classes], target=target, weight=weight), block)
-    limit = max(1, given.block_bytes // row_bytes(block.size, head.dtype, teacher is not None))
+    limit = max(1, given.block_bytes // row_bytes(block.size, head.dtype(), teacher is not None))
     return LinearRows(local, head, teacher, limit, given.block_bytes)
 
 

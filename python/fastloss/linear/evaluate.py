@@ -11,7 +11,7 @@ from ..parallel import VocabShard
 from ..parallel import rows as parallel
 from ..reduction import mean_denominator, reduce_rows
 from ..rows import RowLoss, saved_hooks_active
-from ..spec import Reduction
+from ..spec import COMPUTE_DTYPE, Reduction
 from .heads import LinearRows
 from .rows import PerRow, Reduced, distinct, flat, needs_of
 from .sharded import over_shard
@@ -35,7 +35,7 @@ def reduced_loss(given: LinearRows, to: Reduction, shard: VocabShard | None = No
         return reduce_rows(per_row(given).loss, rows, to).to(to.dtype)
     normalizer = to.normalizer
     if normalizer is None and to.kind == "mean":
-        ones = given.head.hidden.new_ones(rows.input.shape[0], dtype=rows.compute_dtype)
+        ones = given.head.hidden.new_ones(rows.input.shape[0], dtype=COMPUTE_DTYPE[rows.input.dtype])
         normalizer = mean_denominator(ones, rows, to)
     args = *distinct(*flat(given), to.token_weight, normalizer), needs
     loss = Reduced.apply(*args) if any(needs) else torch.ops.fastloss.linear_loss(*args)[0]

@@ -42,7 +42,7 @@ class HeadGrads:
         self.head, self.needs, self.matmul, self.started = head, needs, matmul, False
         self.factors, self.begin_sum = factors, begin_sum
         self.under_way = deque[tuple[Any, slice | Tensor, Tensor]]()
-        self.new = partial(empty, dtype=COMPUTE_DTYPE[head.dtype], device=head.hidden.device)
+        self.new = partial(empty, dtype=COMPUTE_DTYPE[head.dtype()], device=head.hidden.device)
         own, weight, bias = head.grad_shapes(needs)
         self.hidden = empty(own, head.hidden.dtype, head.hidden.device)
         self.weight, self.bias = self.new(weight), self.new(bias)

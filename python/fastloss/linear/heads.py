@@ -24,7 +24,6 @@ class Head(NamedTuple):
     weight: Tensor
     bias: Tensor | None
 
-    @property
     def dtype(self) -> torch.dtype:
         """Of hidden states and weight multiplied, where they differ (under autocast)."""
         return torch.promote_types(self.hidden.dtype, self.weight.dtype)
@@ -51,7 +50,7 @@ class Head(NamedTuple):
 
     def logits(self) -> Tensor:
         """All of them, as a textbook writes it."""
-        dtype = self.dtype
+        dtype = self.dtype()
         bias = None if self.bias is None else self.bias.to(dtype)
         return torch.nn.functional.linear(self.hidden.to(dtype), savable(self.weight).to(dtype), bias)
 
@@ -79,12 +78,12 @@ class LinearRows(NamedTuple):
     def backend(self) -> Backend:
         """Which one computes the rows."""
         head, target = self.head, self.rows.target if self.teacher is None else self.teacher.hidden
-        return choose_for(head.hidden.device, head.dtype, target.dtype, self.rows.spec.objective)
+        return choose_for(head.hidden.device, head.dtype(), target.dtype, self.rows.spec.objective)
 
 
 def stand_in(head: Head) -> Tensor:
     """One number in the shape, dtype and place of a head's logits."""
-    return head.hidden.new_empty((), dtype=head.dtype).expand(*head.hidden.shape[:-1], *head.weight.shape[:-1])
+    return head.hidden.new_empty((), dtype=head.dtype()).expand(*head.hidden.shape[:-1], *head.weight.shape[:-1])
 
 
 def flattened(head: Head) -> Head:
@@ -105,7 +104,7 @@ def room(
         return rows, block_bytes
     V = head.weight.shape[0] if shard is None else -(-shard.vocab_size // shard.ranks)
     of_hidden, of_weight = (sum_bytes(head, t) if t.requires_grad else 0 for t in head[:2])
-    sums, each = V * of_weight, row_bytes(V, head.dtype, teacher) + of_hidden
+    sums, each = V * of_weight, row_bytes(V, head.dtype(), teacher) + of_hidden
     return max(1, (max_chunk_bytes - (sums if sums <= block_bytes else 0)) // max(each, 1)), block_bytes
 
 
@@ -116,7 +115,7 @@ def row_bytes(V: int, dtype: torch.dtype, teacher: bool) -> int:
 
 def sum_bytes(head: Head, of: Tensor) -> int:
     """What a row of hidden states or of a weight needs beside its gradient, while that is summed."""
-    wide = COMPUTE_DTYPE[head.dtype].itemsize
+    wide = COMPUTE_DTYPE[head.dtype()].itemsize
     return of.shape[-1] * wide if of.dtype.itemsize < wide else 0
 
 

@@ -14,9 +14,9 @@ def chunk_rows(options: Any, head: Head) -> int | None:
         return None
     if not hasattr(options, "batch_chunk_size"):
         raise TypeError(f"options: expected a torch.nn.LinearCrossEntropyOptions or None, got {type(options).__name__}")
-    wide, asked = COMPUTE_DTYPE[head.dtype], options.acc_dtype
+    wide, asked = COMPUTE_DTYPE[head.dtype()], options.acc_dtype
     if asked is not None and asked.itemsize > wide.itemsize:
-        raise ValueError(f"options: sums of {head.dtype} are {wide}, got acc_dtype={asked}")
+        raise ValueError(f"options: sums of {head.dtype()} are {wide}, got acc_dtype={asked}")
     size, method = options.batch_chunk_size, options.chunking_method
     if method in (None, "auto"):
         return None if size is None else int(size)

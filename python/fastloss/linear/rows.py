@@ -244,7 +244,7 @@ def save(ctx: Any, args: Any, *more: Tensor) -> None:
 
 def saved(ctx: Any) -> tuple[list[Any], tuple[Tensor, ...]]:
     args, saved = list(ctx.others), restore(ctx)
-    for i, tensor in zip(ctx.tensors, saved, strict=False):
+    for i, tensor in zip(ctx.tensors, saved[: len(ctx.tensors)], strict=True):  # torch 2.9 compiles no other zip
         args[i] = tensor
     return args, saved[len(ctx.tensors) :]
 

@@ -119,7 +119,7 @@ def _compute(given: LinearRows, local: Rows, extras: bool, picks: bool, whole: T
 
 def _logits_of(head: Head, index: Tensor) -> Tensor:
     """Of one class of each row."""
-    dtype = COMPUTE_DTYPE[head.dtype]
+    dtype = COMPUTE_DTYPE[head.dtype()]
     logits = (head.hidden.to(dtype) * head.weight[index].to(dtype)).sum(-1)
     return logits if head.bias is None else logits + head.bias[index].to(dtype)
 

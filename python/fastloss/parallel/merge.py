@@ -21,7 +21,8 @@ from torch import Tensor
 
 from ..backends.reference import ROUNDING, transform
 from ..reduction import valid_rows
-from ..spec import Objective, Rows
+from ..spec import COMPUTE_DTYPE, Objective, Rows
+from ..strides import count_rows
 
 _NONE = -1  # no class of any part
 
@@ -68,7 +69,8 @@ def rows_of(rows: Rows, part: Part) -> Rows:
         return rows._replace(target=rows.target * sharp if soft else rows.target, spec=spec)
     objective = Objective.TOPK if spec.objective == Objective.INDEX else spec.objective
     y, here, ignored = placed(rows, part)
-    q = torch.ones_like(y, dtype=rows.compute_dtype) if rows.probs is None else rows.probs.to(rows.compute_dtype)
+    F = COMPUTE_DTYPE[rows.input.dtype]
+    q = torch.ones_like(y, dtype=F) if rows.probs is None else rows.probs.to(F)
     q = torch.where(here, q if sharp == 1 else q * sharp, 0)
     y = torch.where(here, y - part.start, _stand_in(rows, y - part.start, here))
     y = torch.where(ignored, _NONE, y) if part.size else torch.full_like(y, _NONE)
@@ -93,8 +95,8 @@ def placed(rows: Rows, part: Part) -> tuple[Tensor, Tensor, Tensor]:
 
 def _nothing(rows: Rows) -> PartLoss:
     """Of a part without classes."""
-    N, K = rows.N, 0 if rows.probs is None else rows.probs.shape[1]
-    logits = rows.input.new_full((N, K + 1), -torch.inf, dtype=rows.compute_dtype)
+    N, K = count_rows(rows.input), 0 if rows.probs is None else rows.probs.shape[1]
+    logits = rows.input.new_full((N, K + 1), -torch.inf, dtype=COMPUTE_DTYPE[rows.input.dtype])
     none, zero = logits[:, K], torch.zeros_like(logits[:, K])
     return PartLoss(zero, torch.stack([none, zero, none, zero, none]), zero, none, logits[:, :K])
 
@@ -151,8 +153,8 @@ def _with_tail(stats: Tensor, q: Tensor, z: Tensor, here: Tensor) -> Fields:
 def _weight_of_target(rows: Rows, part: Part) -> Tensor:
     y, here, _ = placed(rows, part)
     if part.size == 0 or rows.weight is None:
-        return torch.zeros_like(y[:, 0], dtype=rows.compute_dtype)
-    weight = rows.weight.to(rows.compute_dtype)
+        return torch.zeros_like(y[:, 0], dtype=COMPUTE_DTYPE[rows.input.dtype])
+    weight = rows.weight.to(COMPUTE_DTYPE[rows.input.dtype])
     return torch.where(here, weight[torch.where(here, y - part.start, 0)], 0)[:, 0]
 
 

@@ -25,9 +25,11 @@ def takes(rows: Rows, to: Reduction, shard: VocabShard) -> bool:
     plain = spec.objective is Objective.INDEX and not spec.label_smoothing and not spec.z_loss and rows.weight is None
     if not plain or to.kind == "none" or to.token_weight is not None or (divisor is not None and divisor.requires_grad):
         return False
+    if not eager(*rows.tensors(), divisor):
+        return False
     size = rows.N * native.PART_COLUMNS * rows.compute_dtype.itemsize
     fits = shard.part.size > 0 and shard.ranks > 1 and size <= BLOCK_BYTES - HEADER_BYTES
-    return fits and eager(*rows.tensors, divisor) and choose(rows).name == "cpu"
+    return fits and choose(rows).name == "cpu"
 
 
 def _over(total: float, divisor: float) -> float:
@@ -64,6 +66,6 @@ class PlainReduced(torch.autograd.Function):
 
 def reduced(rows: Rows, to: Reduction, shard: VocabShard, inplace: bool) -> Tensor:
     """The loss as `to` says."""
-    check_padding(rows.V, shard)
+    check_padding(rows.input.shape[-1], shard)
     loss: Tensor = PlainReduced.apply(rows.input, (rows, to, shard, inplace))
     return loss

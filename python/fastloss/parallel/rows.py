@@ -179,11 +179,21 @@ def refuse_formula(*upstream: Tensor | None) -> None:
         )
 
 
+def _has_kernels(device: torch.device, dtype: torch.dtype, target_dtype: torch.dtype, number: int) -> bool:
+    """Whether the backend of such a part computes parts."""
+    return choose_for(device, dtype, target_dtype, Objective(number)).in_parts
+
+
+# What torch.compiler.assume_constant_result does, but without the import of the compiler: it cannot trace how a backend
+# is chosen.
+_has_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def check(rows: Rows, shard: VocabShard) -> None:
     """Before anything is computed or said to other ranks."""
     if not isinstance(shard, VocabShard):
         raise TypeError(f"shard: expected a fastloss.VocabShard or None, got {type(shard).__name__}")
-    check_padding(rows.V, shard)
+    check_padding(rows.input.shape[-1], shard)
     if rows.spec.objective.indexed:
         check_indices(rows.target, rows.spec.ignore_index, shard.vocab_size)
     constant = {"target": rows.target, "weight": rows.weight, "probs": rows.probs}
@@ -193,7 +203,7 @@ def check(rows: Rows, shard: VocabShard) -> None:
     if transforming():
         refuse_formula(rows.input)
     objective = Objective.TOPK if rows.spec.objective == Objective.INDEX else rows.spec.objective
-    if not choose_for(rows.input.device, rows.input.dtype, rows.target.dtype, objective).in_parts:
+    if not _has_kernels(rows.input.device, rows.input.dtype, rows.target.dtype, objective._value_):
         raise NotImplementedError(
             f"shard: expected a backend of kernels, such as those of {rows.input.device.type} tensors usually are, got "
             "the reference"

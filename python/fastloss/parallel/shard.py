@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -45,9 +45,10 @@ class VocabShard:
     vocab_size: int
     group: dist.ProcessGroup | None = None
     sum_hidden: bool = True
-    # The group as collectives take it, and its name: found once, because compiled code cannot.
-    _group: Any = field(default=None, init=False, repr=False, compare=False)
-    _name: str = field(default="", init=False, repr=False, compare=False)
+    # The group as collectives take it, and its name: found once, because compiled code cannot. No fields, which torch
+    # 2.9 hands to the constructor when it compiles.
+    _group: ClassVar[Any] = None
+    _name: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         if not 0 <= self.start <= self.stop <= self.vocab_size:

@@ -15,8 +15,8 @@ from .tuning import restored, tuned
 
 
 def shape(num_warps: int, num_stages: int, **constants: int) -> triton.Config:
-    """To be timed. None spills registers or needs more shared memory than an A100, H100 or B200 has; Triton leaves out
-    what another device cannot launch."""
+    """To be timed. None needs more shared memory than an A100, H100 or B200 has; Triton leaves out what another device
+    cannot launch. None spills registers, but for one that Triton 3.6 spills on sm_80 (docs/gpu.md)."""
     return triton.Config(constants, num_warps=num_warps, num_stages=num_stages)
 
 
