@@ -61,6 +61,7 @@ def textbook_cross_entropy(
     logit_scale: float = 1.0,
     token_weight: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """- sum_j q_j w_j log p_j of logits (N, V), in the input's own dtype."""
     z = input * logit_scale
@@ -78,6 +79,7 @@ def textbook_cross_entropy(
         y = torch.where(valid, target.long(), 0)
         sharp = torch.nn.functional.one_hot(y, V).to(z.dtype) * w
         row_weight = w[y]
+    valid = valid if mask is None else valid & mask
     q = (1 - label_smoothing) * sharp + label_smoothing / V * w
     loss = -torch.where(q == 0, 0, q * log_p).sum(1) + z_loss * torch.logsumexp(z, 1) ** 2
     t = torch.ones_like(loss) if token_weight is None else token_weight.to(z.dtype)
@@ -249,8 +251,14 @@ CASES = [
     Case("logit_scale", lambda *_: {"logit_scale": 0.37}),
     Case("softcap_logit_scale", lambda *_: {"softcap": 4.0, "logit_scale": 1.7, "z_loss": 1e-3}),
     Case("token_weight", lambda *a: {"token_weight": _token_weight(*a)}, ignored=0.2),
+    Case("mask", lambda *a: {"mask": _mask(*a), "label_smoothing": 0.1}, ignored=0.2),
     Case("normalizer", lambda *_: {"normalizer": 17.0}, ignored=0.2),
     Case("probabilities", objective=Objective.PROBS),
+    Case(
+        "probabilities_mask",
+        lambda *a: {"mask": _mask(*a), "token_weight": _token_weight(*a)},
+        objective=Objective.PROBS,
+    ),
     Case(
         "probabilities_weight_smoothing",
         lambda *a: {"weight": _weight(*a), "label_smoothing": 0.2},

@@ -230,7 +230,7 @@ for _r in ("mean", "none"):
     _add(f"time_{_r}", _ce, _class_second, {"input": "normal BVT", "target": "some BT"}, **_n)
     _add(f"image_{_r}", _ce, _class_second, {"input": "normal BVTS", "target": "some BTS"}, **_n)
     _add(f"time_probabilities_{_r}", _ce, _class_second, {"input": "normal BVT", "target": "probs BVT"}, **_n)
-    _given = {"weight": "positive V", "token_weight": "positive BT"}
+    _given = {"weight": "positive V", **_weights}
     _squashed = {"label_smoothing": 0.1, "z_loss": 1e-3, "softcap": 5.0, **_n}
     _add(f"options_{_r}", _ce, _class_second, {"input": "normal BVT", "target": "some BT", **_given}, **_squashed)
     _given = {"input": "normal BTH", "linear_weight": "normal VH", "target": "some BT", **_given}

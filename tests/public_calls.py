@@ -95,6 +95,7 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
             "target": classes(N),
             "weight": weights(V),
             "token_weight": weights(N),
+            "mask": mask(N),
             "normalizer": torch.tensor(3.0),
         },
     ),
@@ -104,7 +105,7 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
     ),
     "cross_entropy, with statistics": (
         fastloss.cross_entropy,
-        lambda: {"input": numbers(N, V), "target": classes(N), "token_weight": weights(N), "return_stats": True},
+        lambda: {"input": numbers(N, V), "target": classes(N), "mask": mask(N), "return_stats": True},
     ),
     "kl_div_with_logits": (
         fastloss.kl_div_with_logits,

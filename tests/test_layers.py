@@ -19,7 +19,7 @@ LAYERS = [
     {"backends"},
     {"rows"},
     {"parallel"},
-    {"public"},
+    {"public", "keywords"},
     {"evaluate"},
     {"losses", "divergences", "topk", "logprobs"},
     {"linear"},

@@ -274,7 +274,23 @@ def as_row_mask(mask: Tensor | None, name: str, shape: torch.Size) -> Tensor | N
             f"{name}: expected a bool Tensor of shape {tuple(shape)}, True where a row counts, got {mask.dtype} "
             f"{tuple(mask.shape)}"
         )
-    return mask.reshape(-1)
+    return savable(mask).reshape(-1)
+
+
+def leave_out(
+    mask: Tensor, shape: torch.Size, logits: Tensor, target: Tensor, token_weight: Tensor | None, ignore_index: int
+) -> tuple[Tensor, Tensor | None]:
+    """Target and token weights of rows of logits (..., V): of a row that the mask leaves out, an ignored class index,
+    or with class probabilities a weight of zero."""
+    counts = as_row_mask(mask, "mask", shape)
+    assert counts is not None
+    if target.is_floating_point():
+        return target, _masked_weights(counts, token_weight, COMPUTE_DTYPE[logits.dtype])
+    return torch.where(counts, target, ignore_index), token_weight
+
+
+def _masked_weights(counts: Tensor, weights: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return counts.to(dtype) if weights is None else torch.where(counts, weights, 0)
 
 
 def as_reduction(
@@ -293,7 +309,7 @@ def as_reduction(
     weights = None if token_weight is None else check_token_weight(token_weight, input, shape)
     counts = as_row_mask(mask, "mask", shape)
     if counts is not None:
-        weights = counts.to(dtype) if weights is None else torch.where(counts, weights, 0)
+        weights = _masked_weights(counts, weights, dtype)
     if reduction == "batchmean":
         if normalizer is not None:
             raise ValueError("normalizer: expected reduction='mean' or 'sum' with it, got reduction='batchmean'")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -15,6 +15,11 @@ from .public import public_loss
 from .rows import RowLoss
 from .spec import COMPUTE_DTYPE, Objective, Rows, make_spec
 from .strides import count_rows
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .keywords import SelectiveKeywords
 
 
 class RowStats(NamedTuple):
@@ -135,31 +140,13 @@ def softmax_entropy(
 
 @overload
 def selective_log_softmax(
-    input: Tensor,
-    index: Tensor,
-    *,
-    temperature: float = ...,
-    return_entropy: Literal[False] = ...,
-    ignore_index: int = ...,
-    softcap: float | None = ...,
-    logit_scale: float = ...,
-    row_mask: Tensor | None = ...,
-    shard: VocabShard | None = ...,
+    input: Tensor, index: Tensor, *, return_entropy: Literal[False] = ..., **keywords: Unpack[SelectiveKeywords]
 ) -> Tensor: ...
 
 
 @overload
 def selective_log_softmax(
-    input: Tensor,
-    index: Tensor,
-    *,
-    temperature: float = ...,
-    return_entropy: Literal[True],
-    ignore_index: int = ...,
-    softcap: float | None = ...,
-    logit_scale: float = ...,
-    row_mask: Tensor | None = ...,
-    shard: VocabShard | None = ...,
+    input: Tensor, index: Tensor, *, return_entropy: Literal[True], **keywords: Unpack[SelectiveKeywords]
 ) -> tuple[Tensor, Tensor]: ...
 
 

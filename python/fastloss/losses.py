@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -14,7 +14,13 @@ from .parallel import VocabShard
 from .public import public_loss
 from .reduction import reduce_rows, valid_rows
 from .rows import RowLoss
+from .saved import savable
 from .spec import REDUCTIONS, Objective, Reduction, Rows, make_spec
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .keywords import CrossEntropyKeywords
 
 
 class CrossEntropyStats(NamedTuple):
@@ -37,22 +43,10 @@ def cross_entropy(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None = ...,
-    size_average: bool | None = ...,
-    ignore_index: int = ...,
-    reduce: bool | None = ...,
-    reduction: str = ...,
-    label_smoothing: float = ...,
-    *,
-    z_loss: float = ...,
-    softcap: float | None = ...,
-    logit_scale: float = ...,
-    token_weight: Tensor | None = ...,
-    normalizer: Tensor | float | None = ...,
-    out_dtype: torch.dtype | None = ...,
-    inplace: bool = ...,
-    return_stats: Literal[False] = ...,
-    shard: VocabShard | None = ...,
-) -> Tensor: ...
+    *of_torch: Any,
+    return_stats: Literal[True],
+    **keywords: Unpack[CrossEntropyKeywords],
+) -> tuple[Tensor, CrossEntropyStats]: ...
 
 
 @overload
@@ -60,25 +54,13 @@ def cross_entropy(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None = ...,
-    size_average: bool | None = ...,
-    ignore_index: int = ...,
-    reduce: bool | None = ...,
-    reduction: str = ...,
-    label_smoothing: float = ...,
-    *,
-    z_loss: float = ...,
-    softcap: float | None = ...,
-    logit_scale: float = ...,
-    token_weight: Tensor | None = ...,
-    normalizer: Tensor | float | None = ...,
-    out_dtype: torch.dtype | None = ...,
-    inplace: bool = ...,
-    return_stats: Literal[True],
-    shard: VocabShard | None = ...,
-) -> tuple[Tensor, CrossEntropyStats]: ...
+    *of_torch: Any,
+    return_stats: Literal[False] = ...,
+    **keywords: Unpack[CrossEntropyKeywords],
+) -> Tensor: ...
 
 
-@public_loss
+@public_loss  # type: ignore[misc]  # *of_torch are at most five
 def cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -93,6 +75,7 @@ def cross_entropy(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     token_weight: Tensor | None = None,
+    mask: Tensor | None = None,
     normalizer: Tensor | float | None = None,
     out_dtype: torch.dtype | None = None,
     inplace: bool = False,
@@ -121,6 +104,7 @@ def cross_entropy(
         softcap: replaces the scaled logits z by softcap * tanh(z / softcap), softcap > 0 (Gemma 2, arXiv:2408.00118).
         logit_scale: multiplies the logits first, > 0: an inverse temperature.
         token_weight: (N) or target's shape: multiplies each target's loss, and counts in the mean's denominator.
+        mask: bool, of the shape of the class indices. Where it is False a target counts for nothing, as an ignored one.
         normalizer: a number or a tensor of one element that replaces the mean's denominator, or divides the sum: the
             ``num_items_in_batch`` of trainers. On its device, never synchronised.
         out_dtype: dtype of the loss; by default torch's: input's, but float32 under autocast.
@@ -156,6 +140,8 @@ def cross_entropy(
         weight = arguments.as_class_weights(weight, input, y, x.shape[-1], spec, reduction)
     if token_weight is not None:
         token_weight = arguments.check_token_weight(token_weight, x, _row_shape(input, target))
+    if mask is not None:
+        y, token_weight = arguments.leave_out(mask, _row_shape(input, target), x, y, token_weight, spec.ignore_index)
     if normalizer is not None:
         normalizer = arguments.as_normalizer(normalizer, x, reduction)
     if inplace:
@@ -167,7 +153,7 @@ def cross_entropy(
         return loss.reshape(_row_shape(input, target)) if reduction == "none" else loss
     row = row_losses(rows, True, inplace, shard)
     loss, shape = reduce_rows(row.loss, rows, to, row.target_weight).to(to.dtype), _row_shape(input, target)
-    return loss.reshape(shape) if reduction == "none" else loss, stats_of(row, rows, shape)
+    return loss.reshape(shape) if reduction == "none" else loss, stats_of(row, rows, shape, mask)
 
 
 def _row_shape(input: Tensor, target: Tensor) -> torch.Size:
@@ -177,9 +163,10 @@ def _row_shape(input: Tensor, target: Tensor) -> torch.Size:
     return input.shape[:1] + input.shape[2:] if input.dim() > 1 else torch.Size(())
 
 
-def stats_of(row: RowLoss, rows: Rows, shape: torch.Size) -> CrossEntropyStats:
-    """What return_stats gives, from the rows' statistics."""
+def stats_of(row: RowLoss, rows: Rows, shape: torch.Size, mask: Tensor | None) -> CrossEntropyStats:
+    """What return_stats gives, from the rows' statistics; zero where the mask is False."""
     valid = valid_rows(rows)
     correct = None if valid is None else ((row.argmax == rows.target) & valid).reshape(shape)
-    lse, log_prob, entropy, argmax = (t.reshape(shape) for t in row[1:5] if t is not None)
+    each = (t.reshape(shape) for t in row[1:5] if t is not None)
+    lse, log_prob, entropy, argmax = each if mask is None else (torch.where(savable(mask), t, 0) for t in each)
     return CrossEntropyStats(lse, log_prob, entropy, argmax, correct)

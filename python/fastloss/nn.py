@@ -21,7 +21,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     """``torch.nn.CrossEntropyLoss(weight, size_average, ignore_index, reduce, reduction, label_smoothing)``
 
     with the same arguments, state and pickles, and the keyword arguments of `fastloss.cross_entropy`; `token_weight`,
-    `normalizer` and `shard` go to ``forward``.
+    `mask`, `normalizer` and `shard` go to ``forward``.
     """
 
     def __init__(
@@ -54,6 +54,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         target: Tensor,
         *,
         token_weight: Tensor | None = None,
+        mask: Tensor | None = None,
         normalizer: Tensor | float | None = None,
         shard: VocabShard | None = None,
     ) -> Any:
@@ -69,6 +70,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             softcap=self.softcap,
             logit_scale=self.logit_scale,
             token_weight=token_weight,
+            mask=mask,
             normalizer=normalizer,
             out_dtype=self.out_dtype,
             inplace=self.inplace,
@@ -81,7 +83,8 @@ class LinearCrossEntropyLoss(torch.nn.modules.loss._WeightedLoss):
     """``torch.nn.LinearCrossEntropyLoss(in_features, num_classes, out_features=(), bias=False, ...)`` of torch 2.13
 
     with the same arguments, parameters (``linear.weight``, ``linear.bias``) and state, and the keyword arguments of
-    `fastloss.linear_cross_entropy`; `token_weight`, `normalizer` and `shard` go to ``forward``.
+    `fastloss.linear_cross_entropy`; `token_weight`, `mask`, `normalizer` and `shard` go to
+    ``forward``.
     """
 
     def __init__(
@@ -119,6 +122,7 @@ class LinearCrossEntropyLoss(torch.nn.modules.loss._WeightedLoss):
         target: Tensor,
         *,
         token_weight: Tensor | None = None,
+        mask: Tensor | None = None,
         normalizer: Tensor | float | None = None,
         shard: VocabShard | None = None,
     ) -> Any:
@@ -135,6 +139,7 @@ class LinearCrossEntropyLoss(torch.nn.modules.loss._WeightedLoss):
             label_smoothing=self.label_smoothing,
             options=self.options,
             token_weight=token_weight,
+            mask=mask,
             normalizer=normalizer,
             shard=shard,
             **self.more,

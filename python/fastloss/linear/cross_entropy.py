@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -20,6 +20,11 @@ from .evaluate import per_row, reduced_loss
 from .heads import MAX_CHUNK_BYTES, Head, LinearRows
 from .options import chunk_rows
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from ..keywords import LinearCrossEntropyKeywords
+
 
 @overload
 def linear_cross_entropy(
@@ -27,22 +32,8 @@ def linear_cross_entropy(
     linear_weight: Tensor,
     target: Tensor,
     *,
-    linear_bias: Tensor | None = ...,
-    weight: Tensor | None = ...,
-    reduction: str = ...,
-    ignore_index: int | None = ...,
-    label_smoothing: float = ...,
-    options: Any = ...,
-    z_loss: float = ...,
-    softcap: float | None = ...,
-    logit_scale: float = ...,
-    token_weight: Tensor | None = ...,
-    normalizer: Tensor | float | None = ...,
-    out_dtype: torch.dtype | None = ...,
     return_stats: Literal[True],
-    max_chunk_bytes: int = ...,
-    filter_eps: float | None = ...,
-    shard: VocabShard | None = ...,
+    **keywords: Unpack[LinearCrossEntropyKeywords],
 ) -> tuple[Tensor, CrossEntropyStats]: ...
 
 
@@ -52,22 +43,8 @@ def linear_cross_entropy(
     linear_weight: Tensor,
     target: Tensor,
     *,
-    linear_bias: Tensor | None = ...,
-    weight: Tensor | None = ...,
-    reduction: str = ...,
-    ignore_index: int | None = ...,
-    label_smoothing: float = ...,
-    options: Any = ...,
-    z_loss: float = ...,
-    softcap: float | None = ...,
-    logit_scale: float = ...,
-    token_weight: Tensor | None = ...,
-    normalizer: Tensor | float | None = ...,
-    out_dtype: torch.dtype | None = ...,
     return_stats: Literal[False] = ...,
-    max_chunk_bytes: int = ...,
-    filter_eps: float | None = ...,
-    shard: VocabShard | None = ...,
+    **keywords: Unpack[LinearCrossEntropyKeywords],
 ) -> Tensor: ...
 
 
@@ -87,6 +64,7 @@ def linear_cross_entropy(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     token_weight: Tensor | None = None,
+    mask: Tensor | None = None,
     normalizer: Tensor | float | None = None,
     out_dtype: torch.dtype | None = None,
     return_stats: bool = False,
@@ -116,7 +94,7 @@ def linear_cross_entropy(
         options: a ``torch.nn.LinearCrossEntropyOptions``, or None. Its batch_chunk_size, or a chunking_method other
             than "auto", is the number of rows whose logits may exist at once. What the rest asks for is so anyway: sums
             are float32 (float64 for float64), and a wider acc_dtype raises; allow_retain_graph always holds.
-        z_loss, softcap, logit_scale, token_weight, normalizer, out_dtype, return_stats: as in `cross_entropy`.
+        z_loss, softcap, logit_scale, token_weight, mask, normalizer, out_dtype, return_stats: as in `cross_entropy`.
         max_chunk_bytes: what logits, and the float32 sums of 16-bit gradients, may take at once; one row's always may.
             Packed operands of the products take a few MiB more. 16-bit weights of more than an eighth of it in numbers
             have their logits made once more, a fourth product.
@@ -165,6 +143,8 @@ def linear_cross_entropy(
     losses = shape[:-1] if linear_weight.dim() == 2 else shape[:1] + shape[2:]
     if token_weight is not None:
         token_weight = arguments.check_token_weight(token_weight, x, losses)
+    if mask is not None:
+        y, token_weight = arguments.leave_out(mask, losses, x, y, token_weight, spec.ignore_index)
     if normalizer is not None:
         normalizer = arguments.as_normalizer(normalizer, x, reduction)
     to = Reduction(reduction, token_weight, normalizer, arguments.loss_dtype(logits, target, weight, out_dtype))
@@ -181,7 +161,7 @@ def linear_cross_entropy(
     row = each[0] if len(each) == 1 else _interleaved(each)
     loss = reduce_rows(row.loss, rows, to, row.target_weight).to(to.dtype)
     loss = loss.reshape(losses) if reduction == "none" else loss
-    return (loss, stats_of(row, rows, losses)) if return_stats else loss
+    return (loss, stats_of(row, rows, losses, mask)) if return_stats else loss
 
 
 def _class_second(logits: Tensor, target: Tensor, positions: bool) -> tuple[Tensor, Tensor]:

@@ -128,7 +128,9 @@ def sliding_windows(
     return inputs, inputs.long().masked_fill(at < counted[:, None], ignore_index)
 
 
-def keep(labels: Tensor, *, lengths: Tensor | None, mask: Tensor | None, context: int, ignore_index: int) -> Tensor:
+def keep(
+    labels: Tensor, *, ignore_index: int, lengths: Tensor | None = None, mask: Tensor | None = None, context: int = 0
+) -> Tensor:
     """Labels (..., T), those ignored that lie beyond a sequence's length, under a zero of the mask, or within the first
     `context` tokens."""
     check_integers("labels", labels)

@@ -27,6 +27,7 @@ def causal_lm_loss(
     document_ids: Tensor | None = None,
     position_ids: Tensor | None = None,
     token_weight: Tensor | None = None,
+    mask: Tensor | None = None,
     **options: Any,
 ) -> Any:
     """``F.cross_entropy(logits[:, :-k].reshape(-1, V), labels[:, k:].reshape(-1))``, ``k = int(shift) >= 1``
@@ -42,6 +43,7 @@ def causal_lm_loss(
             counts; see `next_token_labels`. A label of the prompt that is not to count is set to `ignore_index`.
         token_weight: labels' shape, and shifted with them: multiplies the loss of a label, and counts in the mean's
             denominator.
+        mask: labels' shape, and shifted with them: zero where a label does not count.
         options: of `fastloss.cross_entropy`: weight, reduction, label_smoothing, z_loss, softcap, logit_scale,
             normalizer, out_dtype, inplace, return_stats; or with linear_weight, linear_bias and max_chunk_bytes those
             of `fastloss.linear_cross_entropy`. A `normalizer` replaces the mean's denominator, as
@@ -60,6 +62,8 @@ def causal_lm_loss(
     >>> causal_lm_loss(torch.zeros(1, 3, 4), torch.tensor([[1, 2, 3]]))
     tensor(1.3863)
     """
+    if mask is not None:
+        labels = keep(labels, mask=mask, ignore_index=ignore_index)
     target = next_token_labels(
         labels,
         shift=shift,
@@ -220,7 +224,7 @@ def sequence_log_likelihood(
     Returns:
         (...), float32, float64 for float64 logits. The token log-probabilities never become 16 bit.
     """
-    kept = keep(labels, lengths=lengths, mask=mask, context=0, ignore_index=ignore_index)
+    kept = keep(labels, lengths=lengths, mask=mask, ignore_index=ignore_index)
     target = next_token_labels(kept, shift=shift, ignore_index=ignore_index)
     dtype = COMPUTE_DTYPE.get(logits.dtype, torch.float32)
     options: dict[str, Any] = {"ignore_index": ignore_index, "softcap": softcap, "logit_scale": logit_scale}
