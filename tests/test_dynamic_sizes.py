@@ -51,9 +51,11 @@ def assert_exports(call: Call, generator: torch.Generator, strict: bool) -> None
     inputs = tuple(call.inputs(EXAMPLE, generator))
     # Raises where a size becomes a constant of the program; a size that must not be another raises below.
     program = torch.export.export(Program(call), inputs, dynamic_shapes={"tensors": dims}, strict=strict)
+    # torch 2.9 cannot check the guards of *tensors.
+    module = program.module(check_guards=False) if torch.__version__.startswith("2.9.") else program.module()
     for name, other in OTHERS.items():
         tensors = call.inputs(other, generator)
-        assert_exact(call, program.module()(*tensors), tensors, name)
+        assert_exact(call, module(*tensors), tensors, name)
 
 
 @pytest.mark.parametrize("name", CALLS)

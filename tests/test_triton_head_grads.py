@@ -113,7 +113,7 @@ def made_of(rows: Rows, given: Head, filter_eps: float | None, upstream: torch.T
     """What head_grad writes and says of it."""
     kernels = backend.kernels()
     _, stats, *_ = device.head_loss(kernels, rows, *given, False)
-    grad = torch.full(rows.input.shape, torch.nan, dtype=given.dtype)
+    grad = torch.full(rows.input.shape, torch.nan, dtype=given.dtype())
     tiles = device.head_grad(kernels, rows, *given, stats, [upstream, None, None, None], grad, filter_eps)
     return grad, tiles
 
