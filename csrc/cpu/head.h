@@ -142,7 +142,7 @@ class HeadLoss {
     const int64_t first = k * T::kTerms, terms = std::min(depth * T::kTerms, hidden_.cols - first);
     T::visit(hidden_.dtype, [&](auto read) {
       using R = decltype(read);
-      for (int64_t r = 0; r < kTileRows; ++r) {  // beyond n, where nobody looks, the last row again
+      for (int64_t r = 0; r < kTileRows; ++r) {  // beyond n the last row again, whose results are not used
         const char* p = hidden_.at(group_[i + std::min(r, n - 1)], first);
         pack_row<R, kTileRows>(reinterpret_cast<const typename R::Storage*>(p), terms, hidden_.col_stride, out + r);
       }

@@ -56,7 +56,7 @@ inline void write_row(const Rows& rows, int64_t i, double loss, RowStats<double>
                       const Columns<F>& stats) {
   static_cast<F*>(out.loss)[i] = F(loss);
   stats.put(i, s);
-  if (!rows.ignored(i)) return;  // nobody wrote these
+  if (!rows.ignored(i)) return;  // these were not written
   if (out.argmax) out.argmax[i] = 0;
   if (out.rank) out.rank[i] = 0;
 }

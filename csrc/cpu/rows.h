@@ -49,7 +49,7 @@ struct Product {
   int threads = 1;
 };
 
-// Where logits come from that nobody keeps: hidden (N, H) times weight (H, V), plus bias (V,) of the compute type, or
+// Where logits come from that are not kept: hidden (N, H) times weight (H, V), plus bias (V,) of the compute type, or
 // null.
 struct Head {
   Strided hidden, weight;

@@ -110,7 +110,7 @@ inline F max_lanes(Vec<F> v) {
   return m;
 }
 
-// A store that bypasses the caches, for memory nobody will read soon; p is aligned to the vector.
+// A store that bypasses the caches, for memory that is not read soon; p is aligned to the vector.
 inline void stream(float* p, Vec<float> v) {
 #if defined(__AVX512F__)
   _mm512_stream_ps(p, (__m512)v);

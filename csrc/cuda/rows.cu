@@ -41,7 +41,7 @@ FASTLOSS_DEVICE void say_gradient(const Rows& rows, const Listed<F>& listed, con
 template <bool kListed, bool kGeneral>
 __global__ void __launch_bounds__(kMaxThreads, 1) row_states(const StatesArgs a) {
   const Place at(a.cut, a.rows);
-  if (a.rows.ignored(at.row)) return;  // nobody will ask for it
+  if (a.rows.ignored(at.row)) return;  // it is not read
   const Slice<E> slice = slice_of(a.rows, at);
   Columns<F> columns(a.rows, at.row, at.begin);
   if (kGeneral && a.parts && a.rows.spec.objective == Objective::kIndex)

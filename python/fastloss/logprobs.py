@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class RowStats(NamedTuple):
     """Statistics of each row in the compute dtype, (...): `lse`, `logit`, `log_prob` and `entropy` are differentiable,
     `argmax` and `rank` int64. Without a target `logit`, `log_prob` and `rank` are None. Of rows whose target is
-    ignored, or where `row_mask` is False, all are 0 and have no gradient: nobody reads such a row's logits."""
+    ignored, or where `row_mask` is False, all are 0 and have no gradient. The logits of such a row are not read."""
 
     lse: Tensor
     logit: Tensor | None
@@ -51,17 +51,16 @@ def row_stats(
     ``entropy = -(z.softmax(-1) * z.log_softmax(-1)).sum(-1)``, ``argmax = z.argmax(-1)``,
     ``rank = (z > logit[..., None]).sum(-1)``
 
-    of z = softcap * tanh(logit_scale * input / softcap) / temperature, in one pass: the general entrance for any loss
-    that is a function of them. Their gradient takes one more pass, which writes the gradient of `input` and nothing
-    else of its size.
+    of z = softcap * tanh(logit_scale * input / softcap) / temperature, in one pass, for any loss that is a function of
+    them. The backward takes one more pass, which writes the gradient of `input` and nothing else of its size.
 
     Args:
         input: logits (..., V); float32, bfloat16, float16 or float64, any strides as in `cross_entropy`.
         target: (...) class indices, or None.
         ignore_index: rows with a target of this index are left out. Without a target no row is.
         temperature, softcap, logit_scale: > 0.
-        row_mask: (...) bool, or None. Rows where it is False are left out, too: whatever they hold, NaN included, their
-            statistics are zero and so is their gradient.
+        row_mask: (...) bool, or None. Rows where it is False are left out, too: their statistics are zero and so is
+            their gradient. Their logits are not read, and may be NaN.
         shard: a `VocabShard`, where each rank of a process group has some of the classes; without `rank`.
 
     Returns:
@@ -176,8 +175,8 @@ def selective_log_softmax(
         ignore_index: where the index is this, the result is 0 and has no gradient. A row of nothing else is left out:
             its entropy is 0, too.
         softcap, logit_scale: > 0, as in `cross_entropy`.
-        row_mask: (...) bool, or None. Rows where it is False are left out: nobody reads their logits, which may hold
-            NaN; their results are zero and so is their gradient.
+        row_mask: (...) bool, or None. Rows where it is False are left out: their results are zero and so is their
+            gradient. Their logits are not read, and may be NaN.
         shard: a `VocabShard`, where each rank of a process group has some of the classes.
 
     Returns:

@@ -28,7 +28,7 @@ class CrossEntropyStats(NamedTuple):
 
     `lse`, `log_prob` and `entropy` are differentiable. With class probabilities `log_prob` is their expectation
     sum q log p (q weighted and smoothed as in the loss) and `correct` is None. Where the target is ignored, all are 0,
-    `correct` False, and none has a gradient: nobody reads such a row, which may hold NaN.
+    `correct` False, and none has a gradient. The logits of such a row are not read, and may be NaN.
     """
 
     lse: Tensor

@@ -1,6 +1,6 @@
 """The torch side of the row kernels: torch.library operators, and the autograd Functions around them.
 
-Two entrances. `PerRow`: losses and statistics (N,) forward, the gradient backward; any upstream gradient. `Reduced`: a
+Two paths. `PerRow`: losses and statistics (N,) forward, the gradient backward; any upstream gradient. `Reduced`: a
 reduced loss whose gradient is written in the forward, while each row is in cache, for the upstream gradient expected.
 """
 
@@ -345,7 +345,7 @@ def unbatched(upstream: Sequence[Tensor | None]) -> list[Tensor | None]:
 
 
 def saved_hooks_active() -> bool:
-    """Whether what autograd saves goes through somebody's hands: activation checkpointing, offloading."""
+    """Whether saved-tensor hooks are set: activation checkpointing, offloading."""
     return not _is_compiling() and _saved_hooks(True) is not None
 
 

@@ -40,7 +40,7 @@ def chunks(
     given: LinearRows, backend: Backend, skipped: Tensor | None = None, filled: bool = True, order: Tensor | None = None
 ) -> Iterator[Chunk]:
     """The rows that are not skipped (N,), or all in an order (N,), in equal parts; not `filled`, there is only memory
-    for their logits. Where nobody may wait for the number of skipped rows, they are there as idle ones."""
+    for their logits. On devices whose numbers the host does not wait for, skipped rows are there as idle ones."""
     rows, head, teacher = given.rows, given.head, given.teacher
     _check(rows)
     idle = None if skipped is None or may_wait_for(skipped.device) else skipped

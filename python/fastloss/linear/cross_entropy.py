@@ -75,12 +75,14 @@ def linear_cross_entropy(
     r"""``F.cross_entropy(F.linear(input, linear_weight, linear_bias), target, weight, ...)``
 
     without the (N, C) logits: a drop-in for ``torch.nn.functional.linear_cross_entropy`` of torch 2.13, with everything
-    that `fastloss.cross_entropy` has beyond torch. Logits are made some rows at a time, and become the gradients of
-    `input`, `linear_weight` and `linear_bias` before the next: three matrix products in all, none for what needs no
-    gradient. Rows that are ignored or weigh nothing, and in a backward those whose upstream gradients (of the
-    loss and all statistics) are zero, are left out: on CPUs of every matmul. On GPUs nobody waits for their number:
-    they are left out of the kernels' own matmuls (losses and statistics, and gradients with `filter_eps`), and others
-    take their hidden states for zeros. Whatever they hold, NaN included, reaches no gradient.
+    that `fastloss.cross_entropy` has beyond torch. The logits of one chunk of rows exist at a time, and
+    become the gradients of `input`, `linear_weight` and `linear_bias` before those of the next chunk are made. That
+    takes three matmuls in all, and none for what needs no gradient.
+
+    Rows without effect are left out: ignored rows, rows of no weight, and in a backward rows whose upstream gradients
+    (of the loss and all statistics) are zero. On CPUs they are in no matmul. On GPUs their number is known on the
+    device alone: Triton's matmuls (losses and statistics, and gradients with `filter_eps`) skip them, the library's
+    take their hidden states for zeros. So NaN in such a row reaches no gradient.
 
     Args:
         input: hidden states (..., H); float32, bfloat16, float16 or float64, any strides.

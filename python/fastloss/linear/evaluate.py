@@ -1,4 +1,4 @@
-"""From hidden states and a head to a loss: by the entrance that serves. As fastloss/evaluate.py for logits."""
+"""From hidden states and a head to a loss: by the path that serves. As fastloss/evaluate.py for logits."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ class HeadGrads:
             self.under_way.append((None if self.begin_sum is None else self.begin_sum(part), where, part))
             self._put(len(self.under_way) - (self.begin_sum is not None))
         if self.needs[1]:
-            # Zero times NaN is NaN: the gradient of idle rows' logits is zero, but nobody knows what they are made of.
+            # Zero times NaN is NaN: the gradient of idle rows' logits is zero, but their hidden states may be NaN.
             hidden = hidden if chunk.idle is None else hidden.masked_fill(chunk.idle[:, None], 0)
             matmul_t(dlogits.t(), hidden, self.weight, self.started)
         if self.needs[2]:

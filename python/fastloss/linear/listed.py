@@ -111,10 +111,9 @@ def linear_selective_log_softmax(
 ) -> Any:
     r"""``fastloss.selective_log_softmax(F.linear(input, linear_weight, linear_bias), index, temperature=...)``
 
-    without the (..., V) logits: the log-likelihood of chosen tokens from hidden states, for RL and scoring. Rows that
-    are ignored or masked cost nothing on CPUs, forward and backward, and rows whose results nobody reads (of which all
-    upstream gradients are zero) cost nothing backward. On GPUs, where nobody waits for their number, such rows are in
-    the matmuls, but what they hold is not: NaN there reaches no gradient.
+    without the (..., V) logits: the log-likelihood of chosen tokens from hidden states, for RL and scoring. Rows
+    without effect are left out as in `linear_cross_entropy`: ignored and masked rows, and in a backward rows whose
+    upstream gradients are all zero.
 
     Args:
         input: hidden states (..., H); linear_weight: (V, H); linear_bias: (V).

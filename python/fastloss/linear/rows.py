@@ -273,7 +273,7 @@ class Reduced(torch.autograd.Function):
         if torch.compiler.is_compiling():
             made = list(traced)
         else:
-            # They become somebody's .grad: a second backward makes them anew, from the logits.
+            # They become the caller's .grad: a second backward makes them anew, from the logits.
             made, ctx.made = ctx.made, None
         if made is None:
             _, *made = torch.ops.fastloss.linear_loss(*args, upstream)

@@ -34,7 +34,7 @@ def check_group(group: Any) -> None:
 
 def resolved(group: Any) -> tuple[Any, str]:
     """A group as a ``ProcessGroup``, and a name that torch's operators find it by: they take no objects. A group that
-    was made without ``init_process_group`` may have none and gets one here, where nobody traces."""
+    was made without ``init_process_group`` may have none and gets one here, outside compiled code."""
     if torch.compiler.is_compiling():  # a shard made in compiled code: its group must have a name
         return group, group.group_name
     if group not in _found:
