@@ -72,7 +72,7 @@ gpu-dry:  ## the same as a dry run, on the fake device of the tests
 	$(MAKE) gpu FAKE=1
 
 gpu-traffic: $(VENV)/.test  ## count what the GPU kernels execute and move, without a GPU (LIGER=folder: beside Liger's)
-	$(BIN)/python benchmarks/gpu_traffic.py $(if $(LIGER),--liger "$(LIGER)")
+	$(BIN)/python studies/gpu_traffic.py $(if $(LIGER),--liger "$(LIGER)")
 
 versions: $(VENV)/.dev  ## the core of the tests on the oldest and the newest Python, torch and Triton (NOX_ARGS="-R --envdir DIR")
 	$(BIN)/nox $(NOX_ARGS)

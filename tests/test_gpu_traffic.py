@@ -1,4 +1,4 @@
-"""The GPU kernels' instructions and memory traffic, counted by executing them (benchmarks/gpu_counts.py): the targets
+"""The GPU kernels' instructions and memory traffic, counted by executing them (studies/gpu_counts.py): the targets
 hold, and what the tables say is what was counted."""
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
+sys.path.append(str(Path(__file__).resolve().parent.parent / "studies"))
 
 pytest.importorskip("rich", reason="the tables need rich: pip install 'fastloss[bench]'")
 

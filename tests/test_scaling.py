@@ -1,4 +1,4 @@
-"""benchmarks/scaling.py: it says that ranks send what they send, and its model is NCCL's."""
+"""studies/scaling.py: it says that ranks send what they send, and its model is NCCL's."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastloss import VocabShard
 pytest.importorskip("numpy", reason="torch.distributed.tensor.debug needs it")
 from torch.distributed.tensor.debug import CommDebugMode
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
+sys.path.append(str(Path(__file__).resolve().parent.parent / "studies"))
 
 import scaling
 from scaling_messages import fields, kept, merge_peak, sent, three

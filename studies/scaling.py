@@ -2,8 +2,8 @@
 time, modelled as NCCL models its collectives (docs/scaling.md says with which figures, and whose). Needs no GPU, and
 measures no GPU's time.
 
-    python benchmarks/scaling.py [--vocab V ...] [--rows N ...] [--hidden H ...] [--tflops F] [--latency-scale X]
-    python benchmarks/scaling.py --measure        # the same messages over Gloo, between two processes of this machine
+    python studies/scaling.py [--vocab V ...] [--rows N ...] [--hidden H ...] [--tflops F] [--latency-scale X]
+    python studies/scaling.py --measure        # the same messages over Gloo, between two processes of this machine
 """
 
 from __future__ import annotations

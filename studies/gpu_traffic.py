@@ -1,7 +1,7 @@
 """What the GPU kernels execute and move for each logit, and what Liger-Kernel's do: counted by executing the compiled
 kernels (PTX) on this machine's processor. Needs no GPU, measures no time.
 
-    python benchmarks/gpu_traffic.py [--quick] [--json FILE] [--liger FOLDER]
+    python studies/gpu_traffic.py [--quick] [--json FILE] [--liger FOLDER]
 """
 
 from __future__ import annotations

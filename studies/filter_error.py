@@ -1,7 +1,7 @@
 """What gradient filtering (`filter_eps`) leaves out, and what that does to the gradients, in float64:
 
-    python benchmarks/filter_error.py                     about three minutes on one core
-    python benchmarks/filter_error.py --tokens 300000     a model that has learned little
+    python studies/filter_error.py                     about three minutes on one core
+    python studies/filter_error.py --tokens 300000     a model that has learned little
 
 of a small language model trained for a while on the docstrings of Python's standard library, whose classes are words in
 the order of their frequency. Tiles of 128 x 128, as the triton backend has them.

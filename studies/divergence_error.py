@@ -1,7 +1,7 @@
 """How many digits the divergences keep as a student becomes its teacher:
 
-    python benchmarks/divergence_error.py                 two minutes on one core
-    python benchmarks/divergence_error.py --dtypes float32 --beta 0.5
+    python studies/divergence_error.py                 two minutes on one core
+    python studies/divergence_error.py --dtypes float32 --beta 0.5
 
 The student's logits are the teacher's and some noise, as little as makes the divergence what the table says. Relative
 errors of the mean loss, and of the norm of its gradient's error, against float64 on the same logits; beside them those
