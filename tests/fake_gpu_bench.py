@@ -3,8 +3,6 @@ of benchmarks/gpu_acceptance.py. Its clock is the host's: nothing that it says o
 
 from __future__ import annotations
 
-import os
-import sys
 import time
 from typing import Any
 
@@ -68,8 +66,7 @@ def open_device(text: str) -> devices.Accelerator:
 
 if __name__ == "__main__":
     from fastloss.__main__ import main
+    from fastloss.bench.ranks import leave
 
     devices.open_device = open_device
-    status = main()
-    sys.stdout.flush()
-    os._exit(status)  # the thread of autograd may abort a process whose Python shuts down
+    leave(main())  # the thread of autograd may abort a process whose Python shuts down

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
 
-from .places import FAKE, ROOT, build_folder
+from .places import FAKE, ROOT, build_folder, fastloss_command
 from .results import already, emit
 
 
@@ -46,10 +45,9 @@ def bench() -> int:
 
 
 def command(part: Part, folder: Path) -> list[str]:
-    entrance = [str(ROOT / "tests" / "fake_gpu_bench.py")] if FAKE else ["-m", "fastloss"]
     options = [*(["--quick"] if FAKE else []), *([] if part.compiled else ["--no-compile"])]
     chosen = ["--only", part.only, "--resume", "--out", str(folder)]
-    return [sys.executable, *entrance, "bench", "--device", "cuda", *chosen, *options]
+    return [*fastloss_command(), "bench", "--device", "cuda", *chosen, *options]
 
 
 def _run(part: Part, folder: Path) -> int:

@@ -9,7 +9,7 @@ import time
 from importlib.util import find_spec
 from typing import Any
 
-from .places import FAKE, ROOT, build_folder, environment, fingerprint, site, stamp
+from .places import FAKE, ROOT, build_folder, environment, fastloss_command, fingerprint, site, stamp
 from .results import emit
 
 _NEEDED = ("scikit_build_core", "pybind11")
@@ -72,8 +72,7 @@ def pip_command(architecture: str | None) -> list[str]:
 
 
 def doctor() -> int:
-    entrance = [str(ROOT / "tests" / "fake_gpu_bench.py")] if FAKE else ["-m", "fastloss"]
-    done = subprocess.run([sys.executable, *entrance, "doctor", "--json"], capture_output=True, text=True)
+    done = subprocess.run([*fastloss_command(), "doctor", "--json"], capture_output=True, text=True)
     print(done.stdout, done.stderr)
     try:
         report: dict[str, Any] = json.loads(done.stdout)

@@ -15,6 +15,11 @@ _SOURCES = {".py", ".pyi", ".cpp", ".h", ".cu", ".cuh"}
 _FAKE_TOOLS = ROOT / "tests" / "fake_tools"
 
 
+def fastloss_command() -> list[str]:
+    """`python -m fastloss`, in a dry run on the fake device."""
+    return [sys.executable, *([str(ROOT / "tests" / "fake_gpu_bench.py")] if FAKE else ["-m", "fastloss"])]
+
+
 def build_folder() -> Path:
     """For what the stages make and nobody needs later. On the device machine only a few files come back."""
     return ROOT / "build" / ("gpu-fake" if FAKE else "gpu")
